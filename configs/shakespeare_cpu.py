@@ -1,0 +1,25 @@
+"""A small modern GPT that two CPU cores train in minutes.
+
+    python train.py --config configs/shakespeare_cpu.py
+
+Expect: to be measured.
+"""
+
+from ml_collections import ConfigDict
+
+from gpt_jax.config import Config
+
+
+def get_config() -> ConfigDict:
+    """The recipe."""
+    config = Config().to_config_dict()
+    config.model.update(
+        n_layer=4, n_head=2, d_model=128, context=256, norm="rmsnorm", activation="relu2",
+        position="rope", qk_norm=True, tied_embedding=False, zero_init=True,
+    )  # fmt: skip
+    config.optimizer.update(
+        name="muon", muon_learning_rate=0.02, learning_rate=3e-3, b1=0.9, b2=0.95, weight_decay=0.0,
+        schedule="linear", warmup_steps=50, final_fraction=0.0,
+    )  # fmt: skip
+    config.train.update(steps=2400, batch_size=8, eval_every=400, log_every=50)
+    return config

@@ -1,0 +1,55 @@
+"""Windows of tokens: random ones to train on, all of them in order to evaluate on.
+
+A training batch is a pure function of (key, step). No iterator state exists, so a resumed run
+cannot lose any.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def train_batch(
+    key: jax.Array, step: jax.Array, tokens_N: jax.Array, batch_size: int, context: int
+) -> tuple[jax.Array, jax.Array]:
+    """Cut `batch_size` windows at uniformly random places out of the tokens, on the device.
+
+    Args:
+        key: the stream of batches.
+        step: int32 scalar.
+        tokens_N: integer ids.
+        batch_size: B.
+        context: T.
+
+    Returns:
+        Inputs and targets, int32 [B, T] each; the target of a token is the token after it.
+    """
+    n_starts = tokens_N.shape[0] - context
+    starts_B = jax.random.randint(jax.random.fold_in(key, step), (batch_size,), 0, n_starts)
+    windows_BxT1 = tokens_N[starts_B[:, None] + jnp.arange(context + 1)].astype(jnp.int32)
+    return windows_BxT1[:, :-1], windows_BxT1[:, 1:]
+
+
+def eval_windows(
+    tokens_N: np.ndarray, context: int, batch_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut tokens into non-overlapping windows, so that each token but the first is a target once.
+
+    The last window may be short: it is padded, and so are the windows, to full batches.
+
+    Args:
+        tokens_N: integer ids, N of 2 or more.
+        context: T.
+        batch_size: B, of the evaluation; it changes the shapes, not the loss.
+
+    Returns:
+        Inputs int32 [n, B, T], targets int32 [n, B, T], and mask bool [n, B, T], true where a target
+        counts; it is true N - 1 times.
+    """
+    n_targets = len(tokens_N) - 1
+    n_batches = -(-n_targets // (context * batch_size))
+    shape = (n_batches, batch_size, context)
+    padded = np.zeros(n_batches * batch_size * context + 1, np.int32)
+    padded[: len(tokens_N)] = tokens_N
+    mask = np.arange(len(padded) - 1) < n_targets
+    return padded[:-1].reshape(shape), padded[1:].reshape(shape), mask.reshape(shape)

@@ -1,0 +1,285 @@
+"""The settings of a run, as frozen dataclasses that cannot hold nonsense.
+
+A config file (`configs/*.py`) makes an `ml_collections.ConfigDict`, which the command line can
+override; `Config.from_dict` turns it, at the door, into what the rest of the program reads.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import ml_collections
+
+from gpt_jax.errors import UserError
+
+# Default paths lie in the repository, whatever folder the user stands in.
+REPOSITORY = Path(__file__).resolve().parent.parent
+ARTIFACTS = REPOSITORY / "artifacts"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder-only transformer. The defaults are GPT-2's."""
+
+    n_layer: int = 6
+    n_head: int = 6
+    d_model: int = 384
+    context: int = 256  # T: how many tokens the model sees
+    d_mlp: int = 0  # 0: 4 d_model, or 8/3 d_model (rounded up to a multiple of 8) for swiglu
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    activation: Literal["gelu", "relu2", "swiglu"] = "gelu"
+    position: Literal["learned", "rope"] = "learned"
+    rope_base: float = 10_000.0
+    qk_norm: bool = False  # RMSNorm of queries and keys before their product
+    bias: bool = False  # in the linear layers and LayerNorms
+    tied_embedding: bool = True  # the head is the transposed token embedding
+    zero_init: bool = False  # blocks begin as the identity: their last projections start at zero
+    init_std: float = 0.02
+    logit_soft_cap: float = 0.0  # c tanh(logits / c); 0: off
+    dropout: float = 0.0  # on the embedding and on what each block adds
+    attention_dropout: float = 0.0  # on the attention weights
+    remat: bool = False  # recompute a block's activations in the backward pass: less memory, more time
+    unroll: bool = True  # unroll the scan over layers: faster steps, longer compilation
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: float32 on CPU
+
+    @property
+    def d_head(self) -> int:
+        """K: the width of one attention head."""
+        return self.d_model // self.n_head
+
+    @property
+    def mlp_width(self) -> int:
+        """F: the width of the MLP's hidden layer."""
+        if self.d_mlp:
+            return self.d_mlp
+        if self.activation == "swiglu":
+            return math.ceil(8 * self.d_model / 3 / 8) * 8
+        return 4 * self.d_model
+
+    def __post_init__(self) -> None:
+        _positive(self, "model", "n_layer", "n_head", "d_model", "context", "rope_base", "init_std")
+        _not_negative(self, "model", "d_mlp", "logit_soft_cap")
+        _fraction(self, "model", "dropout", "attention_dropout")
+        if self.d_model % self.n_head:
+            raise UserError(
+                f"model.d_model = {self.d_model} cannot be divided among model.n_head = {self.n_head} "
+                f"heads: choose a width that is a multiple of {self.n_head}"
+            )
+        if self.position == "rope" and self.d_head % 2:
+            raise UserError(
+                f"model.position = 'rope' turns pairs of channels, but a head is {self.d_head} wide "
+                f"(d_model / n_head): choose an even width"
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text, and how it is split by position: the first part trains, the rest validates."""
+
+    path: str = ""  # a UTF-8 text file; empty: tiny Shakespeare, artifacts/input.txt
+    train_fraction: float = 0.9
+
+    @property
+    def file(self) -> Path:
+        """The text file, absolute."""
+        return Path(self.path).expanduser().absolute() if self.path else ARTIFACTS / "input.txt"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.train_fraction < 1:
+            raise UserError(
+                f"data.train_fraction = {self.train_fraction} must lie between 0 and 1, both excluded"
+            )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer, and the schedule of its learning rate: linear warm-up, then `schedule`."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 1e-3  # at the peak
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 100
+    final_fraction: float = 0.1  # the last learning rate as a part of the peak
+    decay_fraction: float = 0.2  # wsd (warm-up, stable, decay): the part of the run that decays
+    b1: float = 0.9
+    b2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # decoupled, on matrices only
+    clip_norm: float = 1.0  # largest global norm of the gradient; 0: no clipping
+    ema_decay: float = 0.0  # of an exponential moving average of the parameters; 0: none kept
+    muon_learning_rate: float = 0.02  # muon: peak for the blocks' matrices; the rest is AdamW's
+    muon_momentum: float = 0.95
+
+    def __post_init__(self) -> None:
+        _positive(self, "optimizer", "learning_rate", "eps", "muon_learning_rate")
+        _not_negative(self, "optimizer", "warmup_steps", "weight_decay", "clip_norm")
+        _fraction(self, "optimizer", "b1", "b2", "ema_decay", "muon_momentum")
+        for name in ("final_fraction", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"optimizer.{name} = {getattr(self, name)} must lie in [0, 1]")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long to train, on how much at a time, and how often to look."""
+
+    steps: int = 5000
+    batch_size: int = 64  # B: windows in one update
+    accumulate: int = 1  # micro-batches that one update is split into: less memory, more time
+    eval_every: int = 250  # steps between evaluations of the whole validation split
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    save_minutes: float = 5.0  # a checkpoint at least this often, beside those at evaluations
+    sample_length: int = 200  # characters of sample text at each evaluation; 0: none
+    tensorboard: bool = False  # also write TensorBoard events: pip install -e '.[tensorboard]'
+
+    def __post_init__(self) -> None:
+        _positive(
+            self, "train", "steps", "batch_size", "accumulate", "eval_every", "log_every",
+            "save_minutes",
+        )  # fmt: skip
+        _not_negative(self, "train", "sample_length")
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"train.batch_size = {self.batch_size} cannot be split into train.accumulate = "
+                f"{self.accumulate} equal micro-batches"
+            )
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How devices are shared out: data copies x parameter shards x split layers."""
+
+    data: int = 0  # 0: all devices that fsdp and tensor leave
+    fsdp: int = 1  # shards each parameter and its optimizer state
+    tensor: int = 1  # splits attention heads and MLP channels
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "mesh", "data")
+        _positive(self, "mesh", "fsdp", "tensor")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run. What two runs share here, they compute alike."""
+
+    seed: int = 1337
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed = {self.seed} must lie in [0, 2**32)")
+        if self.optimizer.warmup_steps > self.train.steps:
+            raise UserError(
+                f"optimizer.warmup_steps = {self.optimizer.warmup_steps} is longer than the run: "
+                f"train.steps = {self.train.steps}"
+            )
+        micro_batch = self.train.batch_size // self.train.accumulate
+        shards = max(self.mesh.data, 1) * self.mesh.fsdp
+        _divides(shards, "mesh.data x mesh.fsdp", micro_batch, "windows of a (micro-)batch")
+        _divides(self.mesh.fsdp, "mesh.fsdp", self.model.d_model, "channels of model.d_model")
+        _divides(self.mesh.tensor, "mesh.tensor", self.model.n_head, "heads of model.n_head")
+        _divides(self.mesh.tensor, "mesh.tensor", self.model.mlp_width, "channels of the MLP")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any] | ml_collections.ConfigDict) -> "Config":
+        """Check every key, type and range.
+
+        Raises:
+            UserError: one line naming the key, its value and what would be right.
+        """
+        if isinstance(values, ml_collections.ConfigDict):
+            values = values.to_dict()
+        return _build(cls, values, prefix="")
+
+    @classmethod
+    def from_json(cls, text: str) -> "Config":
+        """The inverse of `to_json`."""
+        return cls.from_dict(json.loads(text))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dictionaries of plain values."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """JSON, indented, keys in the order of the code."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def to_config_dict(self) -> ml_collections.ConfigDict:
+        """What a config file starts from: every key there, so that every key can be overridden."""
+        return ml_collections.ConfigDict(self.to_dict())
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """`{"model.n_layer": 6, ...}`: the settings by their names on the command line."""
+    flat: dict[str, Any] = {}
+    for key, value in config.to_dict().items():
+        if isinstance(value, dict):
+            flat.update({f"{key}.{name}": inner for name, inner in value.items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise UserError(f"{prefix[:-1]} = {values!r} must be a group of settings")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    arguments = {}
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(fields)}"
+            raise UserError(f"unknown setting {prefix}{key}: {hint}")
+        wanted = fields[key].type
+        if dataclasses.is_dataclass(wanted):
+            arguments[key] = _build(wanted, value, f"{prefix}{key}.")  # type: ignore[arg-type]
+        else:
+            arguments[key] = _checked(value, wanted, f"{prefix}{key}")
+    return cls(**arguments)
+
+
+def _checked(value: Any, wanted: Any, name: str) -> Any:
+    """`value` as type `wanted`; an int serves as a float, a bool never as a number."""
+    if get_origin(wanted) is Literal:
+        if value not in get_args(wanted):
+            choices = ", ".join(map(repr, get_args(wanted)))
+            raise UserError(f"{name} = {value!r} must be one of {choices}")
+        return value
+    if wanted is float and type(value) is int:
+        value = float(value)
+    if type(value) is not wanted:
+        raise UserError(f"{name} = {value!r} must be of type {wanted.__name__}")
+    if wanted is float and not math.isfinite(value):
+        raise UserError(f"{name} = {value} must be a finite number")
+    return value
+
+
+def _positive(config: Any, group: str, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise UserError(f"{group}.{name} = {getattr(config, name)} must be above 0")
+
+
+def _not_negative(config: Any, group: str, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= 0:
+            raise UserError(f"{group}.{name} = {getattr(config, name)} must be 0 or above")
+
+
+def _fraction(config: Any, group: str, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"{group}.{name} = {getattr(config, name)} must lie in [0, 1)")
+
+
+def _divides(divisor: int, divisor_name: str, number: int, what: str) -> None:
+    if number % divisor:
+        raise UserError(f"{divisor_name} = {divisor} does not divide the {number} {what}")

@@ -1,0 +1,65 @@
+"""The loss: of one batch, to train on, and of a whole text, the number that is reported."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt_jax.batches import eval_windows
+from gpt_jax.model import GPT, Params
+
+LossOfTokens = Callable[[Params, np.ndarray], float]
+
+
+def token_losses(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
+    """Cross-entropy of each target, float32 [B, T], in nats."""
+    # Picking the target by a one-hot sum keeps a scatter out of the gradient.
+    one_hot_BxTxV = jax.nn.one_hot(targets_BxT, logits_BxTxV.shape[-1], dtype=logits_BxTxV.dtype)
+    picked_BxT = jnp.sum(logits_BxTxV * one_hot_BxTxV, axis=-1)
+    return jax.nn.logsumexp(logits_BxTxV, axis=-1) - picked_BxT
+
+
+def batch_loss(
+    params: Params, model: GPT, inputs_BxT: jax.Array, targets_BxT: jax.Array, dropout_key: jax.Array
+) -> jax.Array:
+    """Mean cross-entropy of a batch with dropout on, a float32 scalar in nats a token."""
+    logits_BxTxV, _ = model.apply(
+        {"params": params}, inputs_BxT, deterministic=False, rngs={"dropout": dropout_key}
+    )
+    return token_losses(logits_BxTxV, targets_BxT).mean()
+
+
+def make_loss_of_tokens(
+    model: GPT, batch_size: int, batch_sharding: jax.sharding.Sharding | None = None
+) -> LossOfTokens:
+    """The headline protocol: mean loss over *all* of a text, as a function (params, ids) -> float.
+
+    The text is cut into non-overlapping windows of the model's context, each counted once, none drawn
+    at random, so that every token but the first is predicted once. The unit is nats a token.
+
+    Args:
+        model: `GPT`, stacked or not, as the parameters are.
+        batch_size: windows at a time; it does not change the result beyond rounding.
+        batch_sharding: where the windows of a batch go; None leaves it to JAX.
+    """
+    context = model.config.context
+
+    @jax.jit
+    def window_losses(params, inputs_nxBxT, targets_nxBxT, mask_nxBxT):  # type: ignore[no-untyped-def]
+        def one_batch(batch):  # type: ignore[no-untyped-def]
+            if batch_sharding is not None:
+                batch = jax.lax.with_sharding_constraint(batch, batch_sharding)
+            inputs_BxT, targets_BxT, mask_BxT = batch
+            logits_BxTxV, _ = model.apply({"params": params}, inputs_BxT)
+            return jnp.sum(token_losses(logits_BxTxV, targets_BxT) * mask_BxT, axis=-1)
+
+        return jax.lax.map(one_batch, (inputs_nxBxT, targets_nxBxT, mask_nxBxT))
+
+    def loss_of_tokens(params: Params, tokens_N: np.ndarray) -> float:
+        windows = eval_windows(tokens_N, context, batch_size)
+        # Sums of windows are added in float64: the batch size cannot move the result.
+        total = np.asarray(window_losses(params, *windows), np.float64).sum()
+        return float(total / (len(tokens_N) - 1))
+
+    return loss_of_tokens

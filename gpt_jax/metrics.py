@@ -1,0 +1,156 @@
+"""Where the numbers of a run go: the terminal, `metrics.jsonl`, `loss.png`, TensorBoard."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from gpt_jax.errors import UserError
+
+Record = dict[str, float]
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, one line a step, steps rising."""
+
+    def __init__(self, path: Path, first_step: int):
+        """Open to append after `first_step`; lines beyond it (of steps to be done again) go out."""
+        self.path = path
+        kept = [record for record in read_metrics(path) if record["step"] <= first_step]
+        replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        """Append a record that has a "step"."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The records of a `metrics.jsonl`; a last line torn by a kill is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a kill, finds the old one or the new one, never half."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class TensorBoard:
+    """The same numbers as TensorBoard events."""
+
+    def __init__(self, folder: Path):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "train.tensorboard = True needs a package that is missing: "
+                "pip install -e '.[tensorboard]'"
+            ) from None
+        self._writer = SummaryWriter(str(folder))
+
+    def write(self, record: Record) -> None:
+        """Write every number of a record at its step."""
+        for name, value in record.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, int(record["step"]))
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+class Terminal:
+    """A progress bar where the output is a terminal; plain lines now and then where it is not."""
+
+    def __init__(self, first_step: int, steps: int, seconds_between_lines: float = 10.0):
+        self._bar: Any = None
+        self._between = seconds_between_lines
+        self._printed_at = 0.0
+        self._steps = steps
+        if sys.stdout.isatty():
+            self._bar = tqdm(
+                total=steps, initial=first_step, file=sys.stdout, unit="step", dynamic_ncols=True
+            )
+
+    def line(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def progress(self, record: Record, seconds_left: float) -> None:
+        """Show the newest numbers of the run."""
+        shown = {
+            "loss": f"{record['train_loss']:.3f}",
+            "val": f"{record['val_loss']:.3f}" if "val_loss" in record else "-",
+            "tok/s": f"{record['tokens_per_second']:,.0f}",
+        }
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(int(record["step"]) - self._bar.n)
+        elif record["seconds"] - self._printed_at >= self._between:
+            self._printed_at = record["seconds"]
+            numbers = "  ".join(f"{name} {value}" for name, value in shown.items())
+            step = f"step {record['step']:,.0f}/{self._steps:,}"
+            print(f"{step}  {numbers}  {show_time(seconds_left)} left", flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def show_time(seconds: float) -> str:
+    """`7 s`, `4 min 05 s`, `16 h 40 min`."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02} min"
+
+
+def plot_losses(metrics: Path, picture: Path, title: str) -> None:
+    """Draw the training and the validation loss of a `metrics.jsonl` over the steps."""
+    from matplotlib.figure import Figure  # slow to import, and not needed to train
+
+    records = read_metrics(metrics)
+    validated = [record for record in records if "val_loss" in record]
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for label, color, rows, key in (
+        ("training", "tab:blue", records, "train_loss"),
+        ("validation", "tab:orange", validated, "val_loss"),
+    ):
+        marker = "o" if key == "val_loss" else None
+        steps, losses = [row["step"] for row in rows], [row[key] for row in rows]
+        axes.plot(steps, losses, label=label, color=color, marker=marker, markersize=4)
+    if validated:
+        best = min(validated, key=lambda record: record["val_loss"])
+        axes.axhline(best["val_loss"], color="tab:orange", linewidth=0.8, linestyle=":")
+        title += f": best validation loss {best['val_loss']:.4f} at step {best['step']:,.0f}"
+    axes.set(xlabel="step", ylabel="loss, nats per character", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    temporary = picture.with_name("." + picture.name)
+    figure.savefig(temporary, dpi=110)
+    os.replace(temporary, picture)

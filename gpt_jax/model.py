@@ -1,0 +1,339 @@
+"""The transformer: a decoder-only stack of blocks, GPT-2's by default, a modern one by config.
+
+Shapes stand in names: `B` batch, `T` time, `S` time of the keys, `D` model width, `H` heads,
+`K` head width, `F` MLP width, `V` vocabulary, `L` layers.
+
+Sources: "Attention Is All You Need" (Vaswani et al. 2017); GPT-2 (Radford et al. 2019) for the order of
+norms and the scaled initialisation; RoPE (Su et al. 2021); RMSNorm (Zhang and Sennrich 2019); SwiGLU
+(Shazeer 2020); squared ReLU (So et al. 2021, "Primer"); QK-norm (Henry et al. 2020); logit soft cap
+(Gemma 2, 2024).
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from gpt_jax.config import ModelConfig
+
+Params = Any  # a nested dictionary of arrays
+
+
+class Cache(struct.PyTreeNode):
+    """What a model remembers of the tokens that it has read: the keys and values of each layer.
+
+    Attributes:
+        layers: for each layer a pair (k, v) of [B, H, S, K], S the most tokens it can hold.
+        length: int32 scalar, the tokens it holds.
+    """
+
+    layers: tuple[tuple[jax.Array, jax.Array], ...]
+    length: jax.Array
+
+
+def compute_dtype(config: ModelConfig) -> Any:
+    """The type that activations are computed in: bfloat16 on TPU and GPU, float32 on CPU."""
+    if config.dtype == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(config.dtype)
+
+
+def empty_cache(config: ModelConfig, batch_size: int) -> Cache:
+    """A cache with room for `config.context` tokens that holds none."""
+    shape_BxHxSxK = (batch_size, config.n_head, config.context, config.d_head)
+    zeros = partial(jnp.zeros, shape_BxHxSxK, compute_dtype(config))
+    return Cache(
+        layers=tuple((zeros(), zeros()) for _ in range(config.n_layer)), length=jnp.int32(0)
+    )
+
+
+def unstack_layers(params: Params) -> Params:
+    """Parameters of `GPT(stacked=True)` as `GPT(stacked=False)` wants them: one tree a layer."""
+    params = dict(params)
+    blocks = params.pop("blocks")
+    n_layer = jax.tree.leaves(blocks)[0].shape[0]
+    layers = {f"block_{i}": jax.tree.map(lambda p, i=i: p[i], blocks) for i in range(n_layer)}
+    return params | layers
+
+
+class GPT(nn.Module):
+    """Token ids to the logits of the token that follows each.
+
+    Attributes:
+        config: the shape of the model.
+        vocab_size: V.
+        stacked: whether the layers' parameters lie in one tree with a leading axis L, run by a scan
+            (training), or in one tree a layer (decoding, where cutting a layer out of a stack at
+            every token would cost more than the arithmetic).
+    """
+
+    config: ModelConfig
+    vocab_size: int
+    stacked: bool = True
+
+    @nn.compact
+    def __call__(
+        self, tokens_BxT: jax.Array, cache: Cache | None = None, deterministic: bool = True
+    ) -> tuple[jax.Array, Cache | None]:
+        """Run the model.
+
+        Args:
+            tokens_BxT: integer ids; T is at most `config.context`.
+            cache: what came before these tokens (only with `stacked=False`); None: nothing did.
+            deterministic: False applies dropout, from the random stream named "dropout".
+
+        Returns:
+            Logits, float32 [B, T, V], and the cache with these tokens added (None without one).
+        """
+        config = self.config
+        dtype = compute_dtype(config)
+        embed = nn.Embed(
+            self.vocab_size,
+            config.d_model,
+            dtype=dtype,
+            embedding_init=_init(config.init_std, ("vocab", "embed")),
+            name="token_embedding",
+        )
+        positions_T = jnp.arange(tokens_BxT.shape[1]) + (0 if cache is None else cache.length)
+        x_BxTxD = embed(tokens_BxT)
+        if config.position == "learned":
+            x_BxTxD += nn.Embed(
+                config.context,
+                config.d_model,
+                dtype=dtype,
+                embedding_init=_init(config.init_std, ("time", "embed")),
+                name="position_embedding",
+            )(positions_T)
+        x_BxTxD = nn.Dropout(config.dropout, deterministic=deterministic)(x_BxTxD)
+
+        if self.stacked:
+            if cache is not None:
+                raise ValueError("a cache needs GPT(stacked=False)")
+            x_BxTxD = self._stacked_blocks(deterministic)(x_BxTxD, positions_T, None)[0]
+        else:
+            layers = []
+            for i in range(config.n_layer):
+                layer = None if cache is None else cache.layers[i]
+                block = Block(config, deterministic, name=f"block_{i}")
+                x_BxTxD, layer = block(x_BxTxD, positions_T, layer)
+                layers.append(layer)
+            if cache is not None:
+                cache = Cache(tuple(layers), cache.length + tokens_BxT.shape[1])
+
+        x_BxTxD = make_norm(config, "final_norm")(x_BxTxD)
+        if config.tied_embedding:
+            logits_BxTxV = embed.attend(x_BxTxD)
+        else:
+            logits_BxTxV = nn.Dense(
+                self.vocab_size,
+                use_bias=False,
+                dtype=dtype,
+                kernel_init=_init(0.0 if config.zero_init else config.init_std, ("embed", "vocab")),
+                name="head",
+            )(x_BxTxD)
+        logits_BxTxV = logits_BxTxV.astype(jnp.float32)
+        if config.logit_soft_cap:
+            cap = config.logit_soft_cap
+            logits_BxTxV = cap * jnp.tanh(logits_BxTxV / cap)
+        return logits_BxTxV, cache
+
+    def _stacked_blocks(self, deterministic: bool) -> nn.Module:
+        config = self.config
+        block: Any = Block
+        if config.remat:
+            # Inside a loop the compiler cannot merge the two forward passes; unrolled, it could.
+            block = nn.remat(block, prevent_cse=config.unroll)
+        return nn.scan(
+            block,
+            length=config.n_layer,
+            unroll=config.n_layer if config.unroll else 1,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(config, deterministic, name="blocks")
+
+
+class Block(nn.Module):
+    """One layer: attention, then an MLP, each added to the residual stream."""
+
+    config: ModelConfig
+    deterministic: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        positions_T: jax.Array,
+        cache: tuple[jax.Array, jax.Array] | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """The residual stream after this layer, [B, T, D], and this layer's cache."""
+        config = self.config
+        dropout = partial(nn.Dropout, config.dropout, deterministic=self.deterministic)
+        attention = CausalSelfAttention(config, self.deterministic, name="attention")
+        y_BxTxD, cache = attention(
+            make_norm(config, "attention_norm")(x_BxTxD), positions_T, cache
+        )
+        x_BxTxD += dropout()(y_BxTxD)
+        y_BxTxD = MLP(config, name="mlp")(make_norm(config, "mlp_norm")(x_BxTxD))
+        return x_BxTxD + dropout()(y_BxTxD), cache
+
+
+class CausalSelfAttention(nn.Module):
+    """Every token gathers from itself and the tokens before it."""
+
+    config: ModelConfig
+    deterministic: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        positions_T: jax.Array,
+        cache: tuple[jax.Array, jax.Array] | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """What each token gathers, [B, T, D], and the cache with these tokens' keys and values."""
+        config, dtype = self.config, compute_dtype(self.config)
+        qkv_BxTx3xHxK = nn.DenseGeneral(
+            (3, config.n_head, config.d_head),
+            use_bias=config.bias,
+            dtype=dtype,
+            kernel_init=_init(config.init_std, ("embed", None, "heads", None)),
+            bias_init=_init(0.0, (None, "heads", None)),
+            name="qkv",
+        )(x_BxTxD)
+        q_BxHxTxK, k_BxHxTxK, v_BxHxTxK = jnp.einsum("btchk->cbhtk", qkv_BxTx3xHxK)
+        if config.qk_norm:
+            q_BxHxTxK = _rms_norm(dtype, "q_norm")(q_BxHxTxK)
+            k_BxHxTxK = _rms_norm(dtype, "k_norm")(k_BxHxTxK)
+        if config.position == "rope":
+            q_BxHxTxK = rotate(q_BxHxTxK, positions_T, config.rope_base)
+            k_BxHxTxK = rotate(k_BxHxTxK, positions_T, config.rope_base)
+
+        if cache is None:
+            k_BxHxSxK, v_BxHxSxK = k_BxHxTxK, v_BxHxTxK
+        else:
+            start = (0, 0, positions_T[0], 0)
+            k_BxHxSxK = jax.lax.dynamic_update_slice(cache[0], k_BxHxTxK, start)
+            v_BxHxSxK = jax.lax.dynamic_update_slice(cache[1], v_BxHxTxK, start)
+            cache = (k_BxHxSxK, v_BxHxSxK)
+        # In a cache, places after the last token hold leftovers; the mask hides them too.
+        mask_TxS = positions_T[:, None] >= jnp.arange(k_BxHxSxK.shape[2])[None, :]
+
+        dropout = nn.Dropout(config.attention_dropout, deterministic=self.deterministic)
+        y_BxHxTxK = attend(q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, mask_TxS, dropout)
+        y_BxTxD = nn.DenseGeneral(
+            config.d_model,
+            axis=(1, 3),
+            use_bias=config.bias,
+            dtype=dtype,
+            kernel_init=_residual_init(config, ("heads", None, "embed")),
+            bias_init=_init(0.0, ("embed",)),
+            name="out",
+        )(y_BxHxTxK)
+        return y_BxTxD, cache
+
+
+class MLP(nn.Module):
+    """Each token by itself: up to width F, a non-linearity, down again."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        """[B, T, D] to [B, T, D]."""
+        config, dtype = self.config, compute_dtype(self.config)
+        gates = 2 if config.activation == "swiglu" else 1
+        h_BxTxGxF = nn.DenseGeneral(
+            (gates, config.mlp_width),
+            use_bias=config.bias,
+            dtype=dtype,
+            kernel_init=_init(config.init_std, ("embed", None, "mlp")),
+            bias_init=_init(0.0, (None, "mlp")),
+            name="up",
+        )(x_BxTxD)
+        match config.activation:
+            case "gelu":
+                h_BxTxF = nn.gelu(h_BxTxGxF[:, :, 0])
+            case "relu2":
+                h_BxTxF = jnp.square(nn.relu(h_BxTxGxF[:, :, 0]))
+            case "swiglu":
+                h_BxTxF = nn.silu(h_BxTxGxF[:, :, 0]) * h_BxTxGxF[:, :, 1]
+        return nn.Dense(
+            config.d_model,
+            use_bias=config.bias,
+            dtype=dtype,
+            kernel_init=_residual_init(config, ("mlp", "embed")),
+            bias_init=_init(0.0, ("embed",)),
+            name="down",
+        )(h_BxTxF)
+
+
+def attend(
+    q_BxHxTxK: jax.Array,
+    k_BxHxSxK: jax.Array,
+    v_BxHxSxK: jax.Array,
+    mask_TxS: jax.Array,
+    dropout: Any = lambda weights: weights,
+) -> jax.Array:
+    """Scaled dot-product attention: softmax(q k^T / sqrt(K)) v, the softmax in float32.
+
+    Args:
+        q_BxHxTxK, k_BxHxSxK, v_BxHxSxK: queries, keys and values.
+        mask_TxS: true where a query may look at a key.
+        dropout: applied to the attention weights [B, H, T, S].
+
+    Returns:
+        [B, H, T, K] in the type of the queries.
+    """
+    scale = q_BxHxTxK.shape[-1] ** -0.5
+    scores_BxHxTxS = jnp.einsum(
+        "bhtk,bhsk->bhts", q_BxHxTxK * scale, k_BxHxSxK, preferred_element_type=jnp.float32
+    )
+    scores_BxHxTxS = jnp.where(mask_TxS[None, None], scores_BxHxTxS, jnp.finfo(jnp.float32).min)
+    weights_BxHxTxS = dropout(jax.nn.softmax(scores_BxHxTxS, axis=-1).astype(q_BxHxTxK.dtype))
+    return jnp.einsum("bhts,bhsk->bhtk", weights_BxHxTxS, v_BxHxSxK)
+
+
+def rotate(x_BxHxTxK: jax.Array, positions_T: jax.Array, base: float) -> jax.Array:
+    """RoPE: turn channel pair (i, i + K/2) of a token at position p by the angle p base^(-2i/K)."""
+    half = x_BxHxTxK.shape[-1] // 2
+    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions_T[:, None].astype(jnp.float32) * frequencies[None, :]
+    cos, sin = jnp.cos(angles)[None, None], jnp.sin(angles)[None, None]
+    a, b = jnp.split(x_BxHxTxK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxHxTxK.dtype)
+
+
+def make_norm(config: ModelConfig, name: str) -> nn.Module:
+    """The norm that the config names; its statistics are float32."""
+    dtype = compute_dtype(config)
+    if config.norm == "rmsnorm":
+        return _rms_norm(dtype, name)
+    return nn.LayerNorm(
+        epsilon=1e-5,
+        use_bias=config.bias,
+        dtype=dtype,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, (None,)),
+        bias_init=_init(0.0, (None,)),
+        name=name,
+    )
+
+
+def _rms_norm(dtype: Any, name: str) -> nn.Module:
+    scale_init = nn.with_logical_partitioning(nn.initializers.ones, (None,))
+    return nn.RMSNorm(epsilon=1e-6, dtype=dtype, scale_init=scale_init, name=name)
+
+
+def _init(std: float, logical_axes: tuple[str | None, ...]) -> Any:
+    """Normal with deviation `std`, its axes named for `sharding.py`."""
+    return nn.with_logical_partitioning(nn.initializers.normal(std), logical_axes)
+
+
+def _residual_init(config: ModelConfig, logical_axes: tuple[str | None, ...]) -> Any:
+    """GPT-2's: each of 2L projections adds to the residual stream, so each starts 1/sqrt(2L) as large."""
+    std = 0.0 if config.zero_init else config.init_std / (2 * config.n_layer) ** 0.5
+    return _init(std, logical_axes)

@@ -1,0 +1,83 @@
+"""The learning-rate schedule and the optimizer, composed from optax's parts."""
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+from gpt_jax.config import OptimizerConfig
+from gpt_jax.model import Params
+
+# Which axes of a block's kernel are its inputs and which its outputs; the rest (the layer, and which of
+# q, k and v) number matrices of their own.
+_MUON_AXES = {
+    "qkv": MuonDimensionNumbers(reduction_axis=1, output_axis=(3, 4)),  # [L, D, 3, H, K]
+    "out": MuonDimensionNumbers(reduction_axis=(1, 2), output_axis=3),  # [L, H, K, D]
+    "up": MuonDimensionNumbers(reduction_axis=1, output_axis=3),  # [L, D, G, F]
+    "down": MuonDimensionNumbers(reduction_axis=1, output_axis=2),  # [L, F, D]
+}
+
+
+def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
+    """The learning rate as a function of the number of updates done, for a run of `steps` updates."""
+    warmup, final = config.warmup_steps, peak * config.final_fraction
+    after = max(steps - warmup, 1)
+    match config.schedule:
+        case "cosine":
+            decay = optax.cosine_decay_schedule(peak, after, config.final_fraction)
+        case "linear":
+            decay = optax.linear_schedule(peak, final, after)
+        case "wsd":
+            n_decay = min(round(config.decay_fraction * steps), after)
+            decay = optax.linear_schedule(peak, final, n_decay, after - n_decay)
+        case "constant":
+            decay = optax.constant_schedule(peak)
+    # Update i of the warm-up has (i + 1) / (warmup + 1) of the peak: none is wasted on a rate of 0.
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([rise, decay], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW, or Muon for the blocks' matrices with AdamW for the rest.
+
+    Sources: AdamW (Loshchilov and Hutter 2019); Muon (Jordan et al. 2024), as in `optax.contrib`.
+    """
+    schedule = make_schedule(config, steps, config.learning_rate)
+    match config.name:
+        case "adamw":
+            optimizer = optax.adamw(
+                schedule,
+                b1=config.b1,
+                b2=config.b2,
+                eps=config.eps,
+                weight_decay=config.weight_decay,
+                mask=is_matrix,
+            )
+        case "muon":
+            optimizer = optax.contrib.muon(
+                make_schedule(config, steps, config.muon_learning_rate),
+                beta=config.muon_momentum,
+                eps=config.eps,
+                weight_decay=config.weight_decay,
+                adam_b1=config.b1,
+                adam_b2=config.b2,
+                adam_learning_rate=schedule,
+                muon_weight_dimension_numbers=_muon_axes,
+            )
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(clip, optimizer)
+
+
+def is_matrix(params: Params) -> Params:
+    """True for kernels and embeddings, false for biases and norms, in the structure of `params`.
+
+    By name, since stacking the layers gives every array an axis more.
+    """
+    return jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+
+
+def _muon_axes(params: Params) -> Params:
+    def axes(path, _):  # type: ignore[no-untyped-def]
+        names = [entry.key for entry in path]
+        return _MUON_AXES[names[-2]] if names[0] == "blocks" and names[-1] == "kernel" else None
+
+    return jax.tree.map_with_path(axes, params)

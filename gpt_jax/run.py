@@ -1,0 +1,190 @@
+"""A trained model, read back from its run: to sample from, to look into, to evaluate."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gpt_jax.checkpoint import Checkpoints
+from gpt_jax.config import ARTIFACTS, Config, MeshConfig
+from gpt_jax.errors import UserError
+from gpt_jax.loss import LossOfTokens, make_loss_of_tokens
+from gpt_jax.model import GPT, Params, unstack_layers
+from gpt_jax.optimizer import make_optimizer
+from gpt_jax.sampler import generate_tokens
+from gpt_jax.sampling import SamplingRules, make_rules
+from gpt_jax.sharding import make_mesh
+from gpt_jax.tokenizer import CharTokenizer
+from gpt_jax.train_state import abstract_state
+from gpt_jax.train_step import SAMPLE_STREAM, stream
+
+WINDOWS = ("half", "exact")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model and what it needs.
+
+    Attributes:
+        config: the settings that it was trained with.
+        model: `GPT(stacked=False)`.
+        params: its parameters, one tree a layer; the moving average where the run kept one.
+        tokenizer: text to ids and back.
+        step: updates that made the parameters.
+        metadata: what else the checkpoint says: losses, data fingerprint, library versions.
+    """
+
+    config: Config
+    model: GPT
+    params: Params
+    tokenizer: CharTokenizer
+    step: int
+    metadata: dict[str, Any]
+
+    def generate(
+        self, prompt: str = "\n", length: int = 500, *, seed: int = 0, window: str = "half", **rules: Any
+    ) -> str:
+        """Continue `prompt` by `length` characters and return those, without the prompt.
+
+        Args:
+            prompt: text of characters that the model knows; an empty one stands for a line end.
+            length: characters to generate.
+            seed: the same seed gives the same text.
+            window: what the model sees past its context: see `gpt_jax.sampler`.
+            **rules: temperature, top_k, top_p, min_p, greedy: see `gpt_jax.sampling.make_rules`.
+
+        Raises:
+            UserError: an argument out of its range, or unknown characters.
+        """
+        pieces = self.stream(prompt, length, make_rules(**rules), seed=seed, window=window)
+        return "".join(texts[0] for texts in pieces)
+
+    def stream(
+        self,
+        prompt: str,
+        length: int,
+        rules: SamplingRules,
+        *,
+        num_samples: int = 1,
+        seed: int = 0,
+        window: str = "half",
+    ) -> Iterator[list[str]]:
+        """Like `generate`, for several samples at once and as they grow.
+
+        Yields:
+            One piece of new text for each sample.
+        """
+        if length < 0:
+            raise UserError(f"length = {length} must be 0 or above")
+        if num_samples < 1:
+            raise UserError(f"num_samples = {num_samples} must be 1 or above")
+        if window not in WINDOWS:
+            raise UserError(f"window = {window!r} must be one of {', '.join(map(repr, WINDOWS))}")
+        if not 0 <= seed < 2**32:
+            raise UserError(f"seed = {seed} must lie in [0, 2**32)")
+        # A model predicts from at least one token: an empty prompt stands for the start of a line.
+        prompt_BxP = np.tile(self.tokenizer.encode(prompt or self._line_end), (num_samples, 1))
+        key = stream(seed, SAMPLE_STREAM)
+        pieces = generate_tokens(self.model, self.params, prompt_BxP, length, rules, key, window)
+        return ([self.tokenizer.decode(row) for row in piece_BxC] for piece_BxC in pieces)
+
+    def logits(self, text: str) -> np.ndarray:
+        """What the model expects after each character of a text: float32 [T, V].
+
+        Raises:
+            UserError: unknown characters, an empty text, or one longer than the context.
+        """
+        context = self.config.model.context
+        if not 0 < len(text) <= context:
+            raise UserError(f"text of {len(text):,} characters must have 1 to {context} (the context)")
+        tokens_1xT = self.tokenizer.encode(text)[None]
+        logits_1xTxV, _ = jax.jit(self.model.apply)({"params": self.params}, tokens_1xT)
+        return np.asarray(logits_1xTxV[0])
+
+    def loss(self, text: str) -> float:
+        """Nats per character of a text, by the headline protocol (`gpt_jax.loss`).
+
+        Raises:
+            UserError: unknown characters, or fewer than two characters.
+        """
+        if len(text) < 2:
+            raise UserError(f"text of {len(text)} character(s) must have 2 or more to have a loss")
+        return self._loss_of_tokens(self.params, self.tokenizer.encode(text))
+
+    @cached_property
+    def _loss_of_tokens(self) -> LossOfTokens:
+        train = self.config.train
+        return make_loss_of_tokens(self.model, train.batch_size // train.accumulate)
+
+    @property
+    def _line_end(self) -> str:
+        characters = self.tokenizer.characters
+        return "\n" if "\n" in characters else characters[0]
+
+
+def load(workdir: str | Path, which: str = "best") -> Run:
+    """Read the model of a run.
+
+    Args:
+        workdir: the folder of the run.
+        which: "best" (by validation loss) or "last".
+
+    Raises:
+        UserError: there is no checkpoint.
+    """
+    workdir = Path(workdir).expanduser()
+    if which not in ("best", "last"):
+        raise UserError(f"which = {which!r} must be 'best' or 'last'")
+    if not has_checkpoint(workdir):
+        raise UserError(f"no trained run in {workdir}: {_HOW_TO_TRAIN}")
+    checkpoints = Checkpoints(checkpoint_folder(workdir))
+    try:
+        step = checkpoints.find(which)
+        metadata = checkpoints.metadata(step)
+        config = Config.from_dict(metadata["config"])
+        tokenizer = CharTokenizer.from_json(metadata["tokenizer"])
+        keep_ema = config.optimizer.ema_decay > 0
+        # One device samples, whatever the mesh was that trained.
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        target = abstract_state(
+            GPT(config.model, tokenizer.vocab_size),
+            make_optimizer(config.optimizer, config.train.steps),
+            keep_ema,
+            mesh,
+        )
+        item = "ema_params" if keep_ema else "params"
+        params = checkpoints.restore(step, {item: target.params})[item]
+    finally:
+        checkpoints.close()
+    model = GPT(config.model, tokenizer.vocab_size, stacked=False)
+    return Run(config, model, jax.jit(unstack_layers)(params), tokenizer, step, metadata)
+
+
+def newest_run() -> Path:
+    """The folder below `artifacts/` whose checkpoints changed last.
+
+    Raises:
+        UserError: no run there has a checkpoint.
+    """
+    runs = [folder for folder in ARTIFACTS.iterdir() if has_checkpoint(folder)]
+    if not runs:
+        raise UserError(f"no trained run in {ARTIFACTS}: {_HOW_TO_TRAIN}")
+    return max(runs, key=lambda folder: checkpoint_folder(folder).stat().st_mtime)
+
+
+def checkpoint_folder(workdir: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return workdir / "checkpoints"
+
+
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether a run has at least one whole checkpoint."""
+    folder = checkpoint_folder(workdir)
+    return folder.is_dir() and any(entry.name.isdecimal() for entry in folder.iterdir())
+
+
+_HOW_TO_TRAIN = "train one with python train.py --config configs/shakespeare_cpu.py"

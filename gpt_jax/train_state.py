@@ -1,0 +1,96 @@
+"""The state of training, made straight into its shardings."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+from jax.sharding import Mesh
+
+from gpt_jax.model import GPT, Params
+from gpt_jax.sharding import param_shardings, replicated
+
+
+class TrainState(struct.PyTreeNode):
+    """All that changes from step to step. With the seed it decides everything that follows.
+
+    Attributes:
+        step: int32 scalar, updates done.
+        params: float32.
+        opt_state: optax's.
+        ema_params: moving average of `params`, or None where none is kept.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    ema_params: Params | None
+
+    @property
+    def eval_params(self) -> Params:
+        """The parameters to evaluate and to sample with: the average where there is one."""
+        return self.params if self.ema_params is None else self.ema_params
+
+
+def init_params(model: GPT, key: jax.Array) -> Params:
+    """Fresh parameters, each boxed by linen with the names of its axes."""
+    return model.init(key, jnp.zeros((1, model.config.context), jnp.int32))["params"]
+
+
+def abstract_state(
+    model: GPT, optimizer: optax.GradientTransformation, keep_ema: bool, mesh: Mesh
+) -> TrainState:
+    """Shapes, types and shardings of the state, without making it: a target to restore to."""
+    boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    shardings = param_shardings(mesh, boxed)
+    params = jax.tree.map(_with_sharding, nn.unbox(boxed), shardings)
+    # A moment of a parameter lies where the parameter does; counters lie everywhere.
+    opt_state = optax.tree.map_params(
+        optimizer,
+        _with_sharding,
+        jax.eval_shape(optimizer.init, params),
+        shardings,
+        transform_non_params=lambda leaf: _with_sharding(leaf, replicated(mesh)),
+        is_leaf=_is_masked,
+    )
+    return TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
+        params=params,
+        opt_state=opt_state,
+        ema_params=params if keep_ema else None,
+    )
+
+
+def init_state(
+    model: GPT, optimizer: optax.GradientTransformation, keep_ema: bool, mesh: Mesh, key: jax.Array
+) -> TrainState:
+    """A fresh state, computed under jit so that no device ever holds more than its share."""
+    target = abstract_state(model, optimizer, keep_ema, mesh)
+
+    def make(key: jax.Array) -> TrainState:
+        params = nn.unbox(init_params(model, key))
+        return TrainState(
+            step=jnp.int32(0),
+            params=params,
+            opt_state=optimizer.init(params),
+            ema_params=jax.tree.map(jnp.copy, params) if keep_ema else None,
+        )
+
+    return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, target))(key)
+
+
+def count_params(params: Params) -> int:
+    """How many numbers the parameters hold."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _is_masked(leaf: Any) -> bool:
+    return isinstance(leaf, optax.MaskedNode)  # stands where one part of an optimizer leaves a parameter
+
+
+def _with_sharding(leaf: Any, sharding: Any) -> Any:
+    if _is_masked(leaf):
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

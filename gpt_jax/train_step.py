@@ -1,0 +1,117 @@
+"""One update, and many updates in one call. Pure: state and data in, state and metrics out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from gpt_jax.batches import train_batch
+from gpt_jax.config import Config
+from gpt_jax.loss import batch_loss
+from gpt_jax.model import GPT, Params
+from gpt_jax.sharding import batch_sharding, replicated
+from gpt_jax.train_state import TrainState
+
+# Independent streams of random numbers, each folded into the key of the seed.
+INIT_STREAM, BATCH_STREAM, DROPOUT_STREAM, SAMPLE_STREAM = range(4)
+
+Metrics = dict[str, jax.Array]
+
+
+def stream(seed: int, name: int) -> jax.Array:
+    """The random stream `name` of a run."""
+    return jax.random.fold_in(jax.random.key(seed), name)
+
+
+def loss_and_gradient(
+    params: Params,
+    model: GPT,
+    inputs_BxT: jax.Array,
+    targets_BxT: jax.Array,
+    dropout_key: jax.Array,
+    accumulate: int,
+) -> tuple[jax.Array, Params]:
+    """Mean loss and its gradient over a batch, which is worked through in `accumulate` equal parts."""
+    gradient_of = jax.value_and_grad(batch_loss)
+    if accumulate == 1:
+        return gradient_of(params, model, inputs_BxT, targets_BxT, dropout_key)
+
+    def add_part(total, part):  # type: ignore[no-untyped-def]
+        index, inputs, targets = part
+        key = jax.random.fold_in(dropout_key, index)
+        return jax.tree.map(jnp.add, total, gradient_of(params, model, inputs, targets, key)), None
+
+    # Part i takes windows i, i + accumulate, ...: each device keeps an equal share of every part.
+    def split(x_BxT: jax.Array) -> jax.Array:
+        return x_BxT.reshape(-1, accumulate, x_BxT.shape[1]).swapaxes(0, 1)
+
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    parts = (jnp.arange(accumulate), split(inputs_BxT), split(targets_BxT))
+    total, _ = jax.lax.scan(add_part, zero, parts)
+    return jax.tree.map(lambda x: x / accumulate, total)
+
+
+def make_train_steps(
+    config: Config,
+    model: GPT,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    state: TrainState,
+    max_steps: int,
+) -> Callable[[TrainState, jax.Array, int], tuple[TrainState, Metrics]]:
+    """Build the compiled function of the training loop.
+
+    Args:
+        config, model, optimizer, mesh: what to train and where.
+        state: the state, or its abstract twin: only shardings are read.
+        max_steps: M, the most updates that one call can do.
+
+    Returns:
+        `(state, tokens_N, n_steps) -> (state, metrics)`: `n_steps` updates, at most M. The state that
+        goes in is consumed. Metrics are float32 [M], the first `n_steps` of them set: "loss" (nats a
+        token, of the batch before its update) and "grad_norm" (global, before clipping).
+    """
+    train = config.train
+    batch_key = stream(config.seed, BATCH_STREAM)
+    dropout_stream = stream(config.seed, DROPOUT_STREAM)
+
+    def train_step(state: TrainState, tokens_N: jax.Array) -> tuple[TrainState, Metrics]:
+        batch = train_batch(batch_key, state.step, tokens_N, train.batch_size, config.model.context)
+        batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
+        dropout_key = jax.random.fold_in(dropout_stream, state.step)
+        loss, gradient = loss_and_gradient(
+            state.params, model, *batch, dropout_key, train.accumulate
+        )
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = state.ema_params
+        if ema_params is not None:
+            rate = 1 - config.optimizer.ema_decay
+            ema_params = optax.incremental_update(params, ema_params, rate)
+        metrics = {"loss": loss, "grad_norm": optax.global_norm(gradient)}
+        return TrainState(state.step + 1, params, opt_state, ema_params), metrics
+
+    def train_steps(
+        state: TrainState, tokens_N: jax.Array, n_steps: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        def body(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+            state, history = carry
+            state, metrics = train_step(state, tokens_N)
+            return state, {name: history[name].at[i].set(metrics[name]) for name in history}
+
+        history = {name: jnp.zeros(max_steps) for name in ("loss", "grad_norm")}
+        # A scan whose length is known only at run time: one program serves every number of steps, so
+        # how training is cut into calls cannot change a bit of it.
+        return jax.lax.fori_loop(0, n_steps, body, (state, history))
+
+    shardings: Any = jax.tree.map(lambda leaf: leaf.sharding, state)
+    everywhere = replicated(mesh)
+    return jax.jit(
+        train_steps,
+        in_shardings=(shardings, everywhere, everywhere),
+        out_shardings=(shardings, everywhere),
+        donate_argnums=0,
+    )

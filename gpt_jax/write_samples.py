@@ -1,0 +1,74 @@
+"""What `sample.py` does: find a run, write text, show it while it grows."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from gpt_jax.corpus import read_text
+from gpt_jax.run import load, newest_run
+from gpt_jax.sampling import SamplingRules
+
+SEPARATOR = "\n" + "-" * 20 + "\n"
+
+
+def write_samples(
+    workdir: Path | None,
+    which: str,
+    prompt: str,
+    prompt_file: Path | None,
+    length: int,
+    rules: SamplingRules,
+    num_samples: int,
+    seed: int,
+    window: str,
+    show: int,
+    out: Path,
+) -> None:
+    """Generate text, show its beginning on the terminal, and write all of it to a file.
+
+    Args:
+        workdir: a run; None takes the newest below `artifacts/`.
+        which: "best" or "last" checkpoint.
+        prompt: what to continue; it begins each sample in the file.
+        prompt_file: a UTF-8 file to take the prompt from instead.
+        length: new characters in each sample.
+        rules: how characters are drawn.
+        num_samples: how many, generated side by side.
+        seed: the same seed gives the same text.
+        window: "half" or "exact", see `gpt_jax.sampler`.
+        show: characters of the first sample to show.
+        out: the file, written whole at the end.
+
+    Raises:
+        UserError: an argument out of its range, unknown characters, or no trained run.
+    """
+    workdir = newest_run() if workdir is None else workdir
+    run = load(workdir, which)
+    if prompt_file is not None:
+        prompt, _ = read_text(prompt_file)
+    print(f"{workdir}, {which} checkpoint, step {run.step:,}", file=sys.stderr)
+
+    samples = [prompt] * num_samples
+    pieces = run.stream(
+        prompt, length, rules, num_samples=num_samples, seed=seed, window=window
+    )
+    shown = len(prompt) + show
+    print(prompt, end="", flush=True)
+    begun = time.monotonic()
+    for texts in pieces:
+        print(texts[0][: max(shown - len(samples[0]), 0)], end="", flush=True)
+        samples = [sample + text for sample, text in zip(samples, texts, strict=True)]
+    seconds = time.monotonic() - begun
+    print("" if len(samples[0]) <= shown else " ...", flush=True)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".tmp")
+    temporary.write_text(SEPARATOR.join(samples), encoding="utf-8", newline="")
+    os.replace(temporary, out)
+    count = num_samples * length
+    print(
+        f"{count:,} characters in {seconds:.1f} s ({count / seconds:,.0f} a second, compilation "
+        f"counted), written to {out}",
+        file=sys.stderr,
+    )
