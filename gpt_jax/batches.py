@@ -26,7 +26,7 @@ def train_batch(
     """
     n_starts = tokens_N.shape[0] - context
     starts_B = jax.random.randint(jax.random.fold_in(key, step), (batch_size,), 0, n_starts)
-    windows_BxT1 = tokens_N[starts_B[:, None] + jnp.arange(context + 1)].astype(jnp.int32)
+    windows_BxT1 = tokens_N[starts_B[:, None] + jnp.arange(context + 1)[None]].astype(jnp.int32)
     return windows_BxT1[:, :-1], windows_BxT1[:, 1:]
 
 

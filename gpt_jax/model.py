@@ -106,7 +106,7 @@ class GPT(nn.Module):
                 dtype=dtype,
                 embedding_init=_init(config.init_std, ("time", "embed")),
                 name="position_embedding",
-            )(positions_T)
+            )(positions_T)[None]
         x_BxTxD = nn.Dropout(config.dropout, deterministic=deterministic)(x_BxTxD)
 
         if self.stacked:

@@ -1,10 +1,10 @@
 """Where arrays lie: the mesh of devices, and which axis of an array is split over which of its axes."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -25,25 +25,25 @@ RULES = (
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh (data, fsdp, tensor) over `devices` (default: all there are); 1 x 1 x 1 works too.
+    """A mesh (data, fsdp, tensor) over the first of `devices` (default: all there are).
 
     Raises:
-        UserError: the devices do not fill the mesh.
+        UserError: there are too few devices.
     """
     devices = jax.devices() if devices is None else devices
     n_other = config.fsdp * config.tensor
-    n_data = config.data or len(devices) // n_other
-    if not n_data or n_data * n_other != len(devices):
+    shape = (config.data or max(len(devices) // n_other, 1), config.fsdp, config.tensor)
+    n_devices = math.prod(shape)
+    if n_devices > len(devices):
         raise UserError(
-            f"mesh.data x mesh.fsdp x mesh.tensor = {config.data} x {config.fsdp} x {config.tensor} "
-            f"does not fit the {len(devices)} device(s) here: their product must be {len(devices)} "
-            f"(mesh.data = 0 takes what the others leave)"
+            f"mesh.data x mesh.fsdp x mesh.tensor = {' x '.join(map(str, shape))} needs {n_devices} "
+            f"devices, and {len(devices)} are here: choose smaller ones"
         )
     return jax.make_mesh(
-        (n_data, config.fsdp, config.tensor),
+        shape,
         ("data", "fsdp", "tensor"),
         axis_types=(AxisType.Auto,) * 3,
-        devices=np.asarray(devices).tolist(),
+        devices=tuple(devices[:n_devices]),
     )
 
 

@@ -91,7 +91,7 @@ def make_train_steps(
         if ema_params is not None:
             rate = 1 - config.optimizer.ema_decay
             ema_params = optax.incremental_update(params, ema_params, rate)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(gradient)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradient)}
         return TrainState(state.step + 1, params, opt_state, ema_params), metrics
 
     def train_steps(

@@ -218,7 +218,7 @@ class _Trainer:
         tokens_per_step = train.batch_size * self.config.model.context
         batch_size = train.batch_size // train.accumulate
         loss_of_tokens = make_loss_of_tokens(self.model, batch_size, batch_sharding(self.mesh))
-        steps_per_call, first_call = 1, True
+        steps_per_call, calls = 1, 0
         saved_at = time.monotonic()
 
         while self.step < train.steps and stopped_by() is None:
@@ -230,9 +230,9 @@ class _Trainer:
             seconds_per_step = (time.monotonic() - begun) / n_steps
             steps_per_call = int(np.clip(SECONDS_PER_CALL / seconds_per_step, 1, MAX_STEPS_PER_CALL))
             seconds_left = (train.steps - self.step - n_steps) * seconds_per_step
-            if first_call:
+            calls += 1
+            if calls == 2:  # the first call is slower than all that follow
                 self._promise(terminal, seconds_left)
-                first_call = False
 
             last = self.step + n_steps
             evaluate_now = last % train.eval_every == 0 or last == train.steps
@@ -254,11 +254,14 @@ class _Trainer:
                 self._save(state, self.val_loss)
                 saved_at = time.monotonic()
                 self._show_evaluation(terminal, state, record)
-            elif time.monotonic() - saved_at > 60 * train.save_minutes or stopped_by() is not None:
+            elif time.monotonic() - saved_at > 60 * train.save_minutes:
                 self._save(state, None)
                 saved_at = time.monotonic()
             shown = record if self.val_loss is None else record | {"val_loss": self.val_loss}
             terminal.progress(shown, seconds_left)
+
+        if self.step < train.steps:  # stopped: wherever the signal came, this step is not lost
+            self._save(state, None)
 
     def _record(self, grad_norm: float, tokens_per_second: float) -> Record:
         """A line of metrics.jsonl for the step just done."""
@@ -273,8 +276,7 @@ class _Trainer:
 
     def _promise(self, terminal: Terminal, seconds_left: float) -> None:
         """Say how long it will take here, and what to do where that is too long."""
-        steps_left = self.config.train.steps - self.step
-        text = f"time    about {show_time(seconds_left)} for {steps_left:,} steps here, evaluation apart"
+        text = f"time    about {show_time(seconds_left)} of training here, evaluation apart"
         if jax.default_backend() == "cpu" and seconds_left > 1800:
             text += "; on a CPU, configs/shakespeare_cpu.py takes minutes"
         terminal.line(text)

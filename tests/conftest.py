@@ -1,0 +1,115 @@
+"""What every test runs under: eight simulated devices, and one core for each pytest worker.
+
+One compiled CPU program may give other bits with more threads (jax issue 39741), so bitwise tests need one
+core; with a worker for each core the machine is busy all the same.
+"""
+
+import os
+from functools import partial
+
+# Most of the time goes into compiling small programs: XLA need not try hard here. The tests that run
+# train.py and sample.py as processes have XLA as users have it.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from flax import linen as nn  # noqa: E402
+
+from gpt_jax.config import Config, ModelConfig  # noqa: E402
+from gpt_jax.model import GPT  # noqa: E402
+from gpt_jax.train_state import init_params  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    """Pin this process to one core, unless it is the one that only hands out work."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if (worker or not config.getoption("numprocesses", None)) and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int((worker or "gw0")[2:]) % len(cores)]})
+
+
+# Every option of the model by itself, and the modern model that has them all.
+MODERN = {
+    "norm": "rmsnorm", "activation": "relu2", "position": "rope", "qk_norm": True,
+    "tied_embedding": False, "logit_soft_cap": 15.0,
+}  # fmt: skip
+MODELS = {
+    "gpt2": {},
+    "bias": {"bias": True},
+    "rmsnorm": {"norm": "rmsnorm"},
+    "rope": {"position": "rope"},
+    "qk_norm": {"qk_norm": True},
+    "relu2": {"activation": "relu2"},
+    "swiglu": {"activation": "swiglu"},
+    "untied": {"tied_embedding": False},
+    "soft_cap": {"logit_soft_cap": 2.0},
+    "modern": MODERN,
+}
+VOCAB = 11
+
+
+def small_model(**options) -> ModelConfig:
+    """A model of a few thousand parameters whose random logits differ clearly."""
+    return ModelConfig(
+        **{"n_layer": 2, "n_head": 2, "d_model": 16, "context": 8, "init_std": 0.3} | options
+    )
+
+
+def make_params(config: ModelConfig, seed: int = 0):
+    """Random parameters, biases and norms included."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda p: np.asarray(p) + 0.1 * rng.standard_normal(p.shape, np.float32), init(config)
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def apply(model: GPT, params, tokens_BxT, cache=None):
+    """Logits and cache, compiled: op by op takes ten times as long."""
+    return model.apply({"params": params}, tokens_BxT, cache)
+
+
+def init(config: ModelConfig, vocab_size: int = VOCAB):
+    """The parameters that training starts from."""
+    make = jax.jit(lambda key: nn.unbox(init_params(GPT(config, vocab_size), key)))
+    return make(jax.random.key(0))
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    """A text of 3,000 characters with something to learn in it."""
+    words = ["to be ", "or not ", "that is ", "the question\n", "sleep, ", "perchance "]
+    rng = np.random.default_rng(0)
+    path = tmp_path / "text.txt"
+    path.write_text("".join(rng.choice(words, 500))[:3000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny_config(text_file):
+    """Makes the settings of a run of seconds: `tiny_config(train={"steps": 3})`."""
+
+    def make(**groups) -> Config:
+        values = {
+            "model": {"n_layer": 1, "n_head": 2, "d_model": 16, "context": 16},
+            "data": {"path": str(text_file)},
+            "optimizer": {"warmup_steps": 2, "learning_rate": 1e-2},
+            "train": {
+                "steps": 20, "batch_size": 8, "eval_every": 10, "log_every": 5, "sample_length": 0,
+            },
+            "mesh": {"data": 1},
+        }  # fmt: skip
+        for group, settings in groups.items():
+            if isinstance(settings, dict):
+                values[group] = values.get(group, {}) | settings
+            else:
+                values[group] = settings
+        return Config.from_dict(values)
+
+    return make

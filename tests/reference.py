@@ -1,0 +1,91 @@
+"""The model again, in plain NumPy and float64, one window at a time: what the JAX one is held against."""
+
+import math
+
+import numpy as np
+
+
+def layer_norm(x, p):
+    centered = x - x.mean(-1, keepdims=True)
+    y = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5) * p["scale"]
+    return y + p.get("bias", 0.0)
+
+
+def rms_norm(x, p):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p["scale"]
+
+
+def rope(x, base):
+    """[T, K]: channels i and i + K/2 as a complex number, turned."""
+    n_time, width = x.shape
+    z = x[:, : width // 2] + 1j * x[:, width // 2 :]
+    for t in range(n_time):
+        for i in range(width // 2):
+            z[t, i] *= np.exp(1j * t * base ** (-2 * i / width))
+    return np.concatenate([z.real, z.imag], axis=1)
+
+
+def activate(name, h):
+    """h [T, G, F], G 2 for a gated unit."""
+    x = h[:, 0]
+    if name == "gelu":
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    if name == "relu2":
+        return np.where(x > 0, x, 0.0) ** 2
+    return x / (1 + np.exp(-x)) * h[:, 1]
+
+
+def forward(params, config, tokens):
+    """Logits [T, V] of tokens [T], with float64 copies of the JAX model's (stacked) parameters."""
+    norm = layer_norm if config.norm == "layernorm" else rms_norm
+    n_time, head_width = len(tokens), config.d_model // config.n_head
+    embedding = params["token_embedding"]["embedding"]
+    x = embedding[tokens]
+    if config.position == "learned":
+        x = x + params["position_embedding"]["embedding"][:n_time]
+    blocks = params["blocks"]
+    for layer in range(config.n_layer):
+        attention, mlp = blocks["attention"], blocks["mlp"]
+        y = norm(x, {k: v[layer] for k, v in blocks["attention_norm"].items()})
+        added = np.zeros_like(x)
+        for head in range(config.n_head):
+            q, k, v = (
+                y @ attention["qkv"]["kernel"][layer][:, i, head]
+                + (attention["qkv"]["bias"][layer][i, head] if config.bias else 0.0)
+                for i in range(3)
+            )
+            if config.qk_norm:
+                q = rms_norm(q, {"scale": attention["q_norm"]["scale"][layer]})
+                k = rms_norm(k, {"scale": attention["k_norm"]["scale"][layer]})
+            if config.position == "rope":
+                q, k = rope(q, config.rope_base), rope(k, config.rope_base)
+            for t in range(n_time):
+                scores = q[t] @ k[: t + 1].T / math.sqrt(head_width)
+                weights = np.exp(scores - scores.max())
+                gathered = weights @ v[: t + 1] / weights.sum()
+                added[t] += gathered @ attention["out"]["kernel"][layer][head]
+        if config.bias:
+            added += attention["out"]["bias"][layer]
+        x = x + added
+        y = norm(x, {k: v[layer] for k, v in blocks["mlp_norm"].items()})
+        h = np.einsum("td,dgf->tgf", y, mlp["up"]["kernel"][layer])
+        if config.bias:
+            h = h + mlp["up"]["bias"][layer]
+        x = x + activate(config.activation, h) @ mlp["down"]["kernel"][layer]
+        if config.bias:
+            x = x + mlp["down"]["bias"][layer]
+    x = norm(x, params["final_norm"])
+    logits = x @ (embedding.T if config.tied_embedding else params["head"]["kernel"])
+    if config.logit_soft_cap:
+        logits = config.logit_soft_cap * np.tanh(logits / config.logit_soft_cap)
+    return logits
+
+
+def loss(params, config, inputs_BxT, targets_BxT):
+    """Mean cross-entropy in nats."""
+    total = 0.0
+    for inputs, targets in zip(inputs_BxT, targets_BxT, strict=True):
+        logits = forward(params, config, inputs)
+        log_z = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+        total += (log_z - logits[np.arange(len(targets)), targets]).sum()
+    return total / np.size(targets_BxT)

@@ -1,0 +1,178 @@
+"""train.py, sample.py and evaluate as a user runs them: as processes, from another folder."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from gpt_jax.config import REPOSITORY
+
+SMOKE = ("--config", str(REPOSITORY / "configs" / "smoke.py"))
+
+
+def environment():
+    """The user's own: without what conftest.py sets for the tests."""
+    return {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS",)}
+
+
+def run(*command, cwd):
+    program, *arguments = command
+    program = [program] if program == "-m" else [str(REPOSITORY / program)]
+    return subprocess.run(
+        [sys.executable, *program, *arguments],
+        cwd=cwd, env=environment(), capture_output=True, text=True, encoding="utf-8", timeout=120,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A finished smoke run."""
+    folder = tmp_path_factory.mktemp("smoke")
+    done = run("train.py", *SMOKE, "--workdir", "run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    for text in (
+        "device ", "parameters: 1 layers, 2 heads, width 32, context 32",
+        "1,003,854 characters train, 111,540 validate, 65 distinct", "run     ", "step 40: training loss",
+        "validation loss", "gap ", "done in ", "python sample.py --workdir",
+    ):  # fmt: skip
+        assert text in done.stdout, text
+    return folder / "run"
+
+
+def test_train_then_sample_then_evaluate(workdir, tmp_path):
+    out = tmp_path / "deep" / "text.txt"
+    done = run("sample.py", "--workdir", str(workdir), "--out", str(out), "--length", "900", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = out.read_text(encoding="utf-8")
+    assert len(text) == 900
+    assert done.stdout == text[:500] + " ...\n"
+
+    done = run(
+        "sample.py", "--workdir", str(workdir), "--out", str(out), "--length", "70", "--num_samples", "3",
+        "--prompt", "ROMEO:", "--top_k", "9", "--seed", "3", "--which", "last", "--window", "exact",
+        cwd=tmp_path,
+    )  # fmt: skip
+    samples = out.read_text(encoding="utf-8").split("\n" + "-" * 20 + "\n")
+    assert len(samples) == 3 and len(set(samples)) == 3
+    assert all(s.startswith("ROMEO:") and len(s) == 76 for s in samples)
+    assert done.stdout == samples[0] + "\n"
+
+    done = run("-m", "gpt_jax.evaluate", "--workdir", str(workdir), "--which", "last", cwd=tmp_path)
+    records = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    val_loss = json.loads(records[-1])["val_loss"]
+    assert f"loss       {val_loss:.4f} nats per character" in done.stdout
+    assert "111,539 characters predicted" in done.stdout
+
+
+def test_a_second_training_says_it_is_finished(workdir):
+    done = run("train.py", *SMOKE, "--workdir", str(workdir), cwd=workdir)
+    assert done.returncode == 0
+    assert "this run is finished: 40 of 40 steps are done" in done.stdout
+
+
+def test_overrides_reach_the_run(tmp_path):
+    (tmp_path / "my.txt").write_text("to be or not to be, " * 100, encoding="utf-8")
+    done = run(
+        "train.py", *SMOKE, "--workdir=run", "--config.data.path=my.txt", "--config.model.n_layer=2",
+        "--config.train.steps=8", "--config.train.accumulate=2", "--config.optimizer.learning_rate=1",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 layers" in done.stdout and "my.txt: 1,800 characters train" in done.stdout
+    config = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    assert config["train"]["accumulate"] == 2 and config["optimizer"]["learning_rate"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((), "--config is missing: try --config configs/shakespeare_cpu.py"),
+        (("--config", "nowhere.py"), "nowhere.py"),
+        ((*SMOKE, "--config.model.n_layers=3"), "n_layers"),
+        ((*SMOKE, "--config.model.n_layer=three"), "three"),
+        ((*SMOKE, "--config.model.n_head=5"), "model.d_model = 32 cannot be divided"),
+        ((*SMOKE, "--config.optimizer.learning_rate=-1"), "optimizer.learning_rate = -1.0 must be above 0"),
+        ((*SMOKE, "--config.data.path=nowhere.txt"), "nowhere.txt does not exist"),
+        ((*SMOKE, "--wrokdir=x"), "wrokdir"),
+        ((*SMOKE, "extra"), "unexpected argument 'extra'"),
+    ],
+)
+def test_bad_training_input_is_one_line_and_status_2(arguments, message, tmp_path):
+    done = run("train.py", *arguments, *(() if "--wrokdir=x" in arguments else ("--workdir=run",)), cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--prompt", "a€b"), "never seen: '€'"),
+        (("--temperature", "nan"), "temperature = nan must be"),
+        (("--length", "-1"), "length = -1 must be"),
+        (("--prompt_file", "nowhere.txt"), "nowhere.txt does not exist"),
+    ],
+)
+def test_bad_sampling_input_is_one_line_and_status_2(workdir, arguments, message, tmp_path):
+    out = tmp_path / "out.txt"
+    done = run("sample.py", "--workdir", str(workdir), "--out", str(out), *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ") and message in done.stderr
+    assert "Traceback" not in done.stderr and not out.exists()
+
+
+def test_no_trained_run_tells_how_to_train_one(tmp_path):
+    done = run("sample.py", "--workdir", str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "train one with python train.py --config configs/shakespeare_cpu.py" in done.stderr
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
+    command = ("train.py", *SMOKE, "--workdir=run", "--config.train.steps=2000000")
+    process = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / command[0]), *command[1:]],
+        cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True, encoding="utf-8",
+    )  # fmt: skip
+    output = ""
+    for line in process.stdout:
+        output += line
+        if line.startswith("step 20:"):
+            process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    step = int(re.search(r"stopped by SIGINT; saved after step ([\d,]+)", output)[1].replace(",", ""))
+    done = run(*command[:-1], f"--config.train.steps={step + 5}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"resume  after step {step:,} of {step + 5:,}" in done.stdout
+
+
+def test_a_terminal_gets_a_progress_bar(tmp_path):
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "train.py"), *SMOKE, "--workdir=run"],
+        cwd=tmp_path, env=environment() | {"TERM": "xterm", "COLUMNS": "100"}, stdout=terminal, stderr=terminal,
+    )  # fmt: skip
+    os.close(terminal)
+    output = b""
+    try:
+        while data := os.read(controller, 4096):
+            output += data
+    except OSError:  # the other end is closed
+        pass
+    assert process.wait(timeout=60) == 0, output
+    bar = output.decode().replace("\r", "\n")
+    assert re.search(r"100%.*40/40.*loss=\d.*val=\d.*tok/s=", bar), bar
+
+
+def test_tensorboard_is_behind_an_extra(tmp_path):
+    """With the package its events are there; without it one line names the extra."""
+    done = run("train.py", *SMOKE, "--workdir=run", "--config.train.tensorboard=True", cwd=tmp_path)
+    if done.returncode:
+        assert done.returncode == 2 and "pip install -e '.[tensorboard]'" in done.stderr
+    else:
+        assert list((tmp_path / "run" / "tensorboard").glob("events.*"))

@@ -1,0 +1,196 @@
+import dataclasses
+import math
+import runpy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from conftest import MODELS, VOCAB, apply, init, make_params, small_model
+from flax import linen as nn
+
+from gpt_jax.config import REPOSITORY, Config
+from gpt_jax.loss import batch_loss, token_losses
+from gpt_jax.model import GPT, unstack_layers
+from gpt_jax.train_state import count_params, init_params
+
+
+def random_tokens(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, VOCAB, shape, np.int32)
+
+
+def read_config(name):
+    values = runpy.run_path(str(REPOSITORY / "configs" / f"{name}.py"))["get_config"]()
+    return Config.from_dict(values)
+
+
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+def test_forward_equals_numpy(options):
+    config = small_model(**options)
+    params = make_params(config)
+    tokens_BxT = random_tokens(3, config.context)
+    logits_BxTxV, _ = apply(GPT(config, VOCAB), params, tokens_BxT)
+    params64 = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
+    wanted = np.stack([reference.forward(params64, config, tokens) for tokens in tokens_BxT])
+    assert wanted.std() > 0.3  # not a model that says nothing
+    np.testing.assert_allclose(logits_BxTxV, wanted, atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bias", "modern", "swiglu"])
+def test_gradient_equals_finite_differences_in_float64(name):
+    config = small_model(**MODELS[name])
+    params = make_params(config)
+    inputs, targets = random_tokens(2, 8), random_tokens(2, 8, seed=1)
+    gradient = jax.jit(jax.grad(batch_loss), static_argnums=1)(
+        params, GPT(config, VOCAB), inputs, targets, jax.random.key(0)
+    )
+    params64 = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
+    rng = np.random.default_rng(2)
+    # One direction for each array by itself: a wrong one cannot hide among the others.
+    leaves, tree = jax.tree.flatten(params64)
+    for i, (leaf, slope) in enumerate(zip(leaves, jax.tree.leaves(gradient), strict=True)):
+        direction = rng.standard_normal(leaf.shape)
+        losses = []
+        for sign in (1, -1):
+            moved = [*leaves[:i], leaf + sign * 1e-5 * direction, *leaves[i + 1 :]]
+            losses.append(reference.loss(jax.tree.unflatten(tree, moved), config, inputs, targets))
+        wanted = (losses[0] - losses[1]) / 2e-5
+        got = float(np.sum(np.asarray(slope, np.float64) * direction))
+        scale = np.linalg.norm(slope) * np.linalg.norm(direction)
+        assert abs(got - wanted) < 1e-4 * scale + 1e-7, jax.tree.leaves_with_path(params)[i][0]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "modern"])
+def test_jitted_gradient_equals_unjitted(name):
+    # Without dropout: linen counts random keys differently when nothing is traced.
+    config = small_model(**MODELS[name])
+    params = make_params(config)
+    arguments = (random_tokens(2, 8), random_tokens(2, 8, seed=1), jax.random.key(0))
+
+    def gradient(params, inputs, targets, key):
+        return jax.grad(batch_loss)(params, GPT(config, VOCAB), inputs, targets, key)
+
+    with jax.disable_jit():
+        plain = gradient(params, *arguments)
+    jitted = jax.jit(gradient)(params, *arguments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6, rtol=2e-4), plain, jitted)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "modern"])
+def test_causality_by_gradient(name):
+    """No output depends on a later input, and each depends on every earlier one."""
+    # Untied, so that moving an input's embedding row does not move the head.
+    config = small_model(**MODELS[name] | {"tied_embedding": False})
+    params = make_params(config)
+    tokens_1xT = np.arange(8)[None] % VOCAB  # all different: each has an embedding row of its own
+
+    def outputs(rows_TxD):
+        table_VxD = jnp.asarray(params["token_embedding"]["embedding"])
+        embedding = table_VxD.at[tokens_1xT[0]].set(rows_TxD)
+        moved = params | {"token_embedding": {"embedding": embedding}}
+        return apply(GPT(config, VOCAB), moved, tokens_1xT)[0][0]
+
+    rows_TxD = params["token_embedding"]["embedding"][tokens_1xT[0]]
+    jacobian_TxVxTxD = jax.jit(jax.jacobian(outputs))(rows_TxD)
+    influence_TxT = np.abs(jacobian_TxVxTxD).max(axis=(1, 3))  # [output, input]
+    assert (influence_TxT[np.triu_indices(8, 1)] == 0).all()
+    assert (influence_TxT[np.tril_indices(8)] > 1e-6).all()
+
+
+def test_parameter_count_of_shakespeare():
+    config = read_config("shakespeare").model
+    shapes = jax.eval_shape(lambda: nn.unbox(init_params(GPT(config, 65), jax.random.key(0))))
+    width, n_layer = 384, 6
+    attention_and_mlp = 4 * width**2 + 2 * 4 * width**2
+    norms = 2 * width
+    embeddings = 65 * width + 256 * width
+    formula = n_layer * (attention_and_mlp + norms) + width + embeddings
+    assert count_params(shapes) == formula == 10_745_088
+
+
+@pytest.mark.parametrize("name", ["shakespeare", "shakespeare_cpu"])
+def test_loss_at_initialisation_is_that_of_guessing(name):
+    config = read_config(name).model
+    model = GPT(config, 65)
+    params = init(config, 65)
+    tokens = np.random.default_rng(0).integers(0, 65, (2, 2, config.context), np.int32)
+    logits, _ = apply(model, params, tokens[0])
+    assert abs(float(token_losses(logits, tokens[1]).mean()) - math.log(65)) < 0.1
+
+
+def test_residual_projections_start_smaller():
+    config = small_model(n_layer=8, d_model=64, init_std=0.02)
+    blocks = init(config)["blocks"]
+    for kernel, std in (
+        (blocks["attention"]["qkv"]["kernel"], 0.02),
+        (blocks["attention"]["out"]["kernel"], 0.02 / 4),
+        (blocks["mlp"]["up"]["kernel"], 0.02),
+        (blocks["mlp"]["down"]["kernel"], 0.02 / 4),
+    ):
+        assert abs(float(kernel.std()) / std - 1) < 0.05
+        assert len({float(layer.sum()) for layer in kernel}) == 8  # no two layers alike
+
+
+def test_zero_initialised_blocks_add_nothing():
+    config = small_model(zero_init=True)
+    params = init(config)
+    assert not params["blocks"]["attention"]["out"]["kernel"].any()
+    assert not params["blocks"]["mlp"]["down"]["kernel"].any()
+
+
+@pytest.mark.parametrize("other", [{"remat": True}, {"unroll": False}, {"remat": True, "unroll": False}])
+def test_remat_and_unrolling_change_no_gradient(other):
+    config = small_model(dropout=0.3, attention_dropout=0.3)
+    params = make_params(config)
+    arguments = (random_tokens(2, 8), random_tokens(2, 8, seed=1), jax.random.key(0))
+    gradient = [
+        jax.jit(jax.grad(batch_loss), static_argnums=1)(params, GPT(c, VOCAB), *arguments)
+        for c in (config, dataclasses.replace(config, **other))
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), *gradient)
+
+
+def test_remat_keeps_fewer_activations():
+    config = small_model(n_layer=6, context=64)
+    params = make_params(config)
+    arguments = (random_tokens(2, 64), random_tokens(2, 64, seed=1), jax.random.key(0))
+
+    def saved_bytes(**options):
+        model = GPT(dataclasses.replace(config, unroll=False, **options), VOCAB)
+        gradient = jax.jit(jax.grad(batch_loss), static_argnums=1)
+        return gradient.lower(params, model, *arguments).compile().memory_analysis().temp_size_in_bytes
+
+    assert saved_bytes(remat=True) < 0.7 * saved_bytes(remat=False)
+
+
+def test_a_list_of_layers_computes_the_same():
+    config = small_model()
+    params = make_params(config)
+    tokens = random_tokens(2, 8)
+    stacked, _ = apply(GPT(config, VOCAB), params, tokens)
+    listed, _ = apply(GPT(config, VOCAB, stacked=False), unstack_layers(params), tokens)
+    np.testing.assert_allclose(stacked, listed, atol=1e-6, rtol=1e-5)
+
+
+def test_dropout_is_only_in_training_and_follows_its_key():
+    config = small_model(dropout=0.5, attention_dropout=0.5)
+    params, model, tokens = make_params(config), GPT(config, VOCAB), random_tokens(2, 8)
+
+    def run(key=None):
+        rngs = None if key is None else {"dropout": jax.random.key(key)}
+        return model.apply({"params": params}, tokens, deterministic=key is None, rngs=rngs)[0]
+
+    assert (run() == run()).all()
+    assert (run(1) == run(1)).all()
+    assert not jnp.allclose(run(1), run(2))
+    assert not jnp.allclose(run(1), run())
+
+
+def test_bfloat16_stays_near_float32():
+    config = small_model(**MODELS["modern"])
+    params, tokens = make_params(config), random_tokens(2, 8)
+    exact, _ = apply(GPT(config, VOCAB), params, tokens)
+    rough, _ = apply(GPT(dataclasses.replace(config, dtype="bfloat16"), VOCAB), params, tokens)
+    assert rough.dtype == jnp.float32
+    assert 0 < float(jnp.abs(rough - exact).max()) < 0.1 * float(jnp.abs(exact).max())

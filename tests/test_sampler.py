@@ -1,0 +1,168 @@
+import jax
+import numpy as np
+import pytest
+from conftest import MODELS, VOCAB, apply, make_params, small_model
+from scipy import stats
+
+from gpt_jax.model import GPT, empty_cache, unstack_layers
+from gpt_jax.sampler import generate_tokens, prefill, window_start
+from gpt_jax.sampling import apply_rules, make_rules
+
+KEY = jax.random.key(5)
+T = 8
+
+
+def make_model(**options):
+    config = small_model(context=T, **options)
+    return GPT(config, VOCAB, stacked=False), unstack_layers(make_params(config))
+
+
+def prompt_of(length, rows=1):
+    return np.random.default_rng(length).integers(0, VOCAB, (rows, length), np.int32)
+
+
+def generate(model, params, prompt, length, rules=None, key=KEY, window="half"):
+    rules = make_rules(greedy=True) if rules is None else rules
+    return np.concatenate(
+        list(generate_tokens(model, params, prompt, length, rules, key, window)), axis=1
+    )
+
+
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+def test_cached_decoding_equals_the_full_forward_pass(options):
+    """Every prompt length 1 to T, then one token at a time, in a batch of three, every position."""
+    model, params = make_model(**options)
+    tokens_BxT = prompt_of(T, rows=3)
+    full_BxTxV, _ = apply(model, params, tokens_BxT)
+    for length in range(1, T + 1):
+        padded = tokens_BxT.copy()
+        padded[:, length:] = VOCAB - 1  # padding must leave no trace
+        logits_BxV, cache = prefill(model, params, padded, np.int32(length))
+        np.testing.assert_allclose(logits_BxV, full_BxTxV[:, length - 1], atol=1e-5, rtol=1e-4)
+        for t in range(length, T):
+            logits_Bx1xV, cache = apply(model, params, tokens_BxT[:, t : t + 1], cache)
+            np.testing.assert_allclose(logits_Bx1xV[:, 0], full_BxTxV[:, t], atol=1e-5, rtol=1e-4)
+        assert int(cache.length) == T
+
+
+@pytest.mark.parametrize("pieces", [(1, 7), (3, 2, 3), (5, 3)])
+def test_a_cache_takes_several_tokens_at_a_time(pieces):
+    model, params = make_model(**MODELS["modern"])
+    tokens_BxT = prompt_of(T, rows=2)
+    full_BxTxV, _ = apply(model, params, tokens_BxT)
+    cache, start = empty_cache(model.config, 2), 0
+    for size in pieces:
+        part = tokens_BxT[:, start : start + size]
+        logits, cache = apply(model, params, part, cache)
+        np.testing.assert_allclose(logits, full_BxTxV[:, start : start + size], atol=1e-5, rtol=1e-4)
+        start += size
+
+
+def naive_greedy(model, params, prompt, length, window):
+    """The definition: keep a window of true text; when it has grown past T, fall back to the last T/2."""
+    text, seen, out = list(prompt), [], []
+    for token in text:
+        seen.append(token)
+        if len(seen) > T:
+            seen = seen[-(T // 2) :] if window == "half" else seen[-T:]
+    for _ in range(length):
+        # Causal, so padding on the right changes nothing to its left; one shape compiles once.
+        padded = np.array(seen + [0] * (T - len(seen)), np.int32)[None]
+        token = int(np.argmax(apply(model, params, padded)[0][0, len(seen) - 1]))
+        out.append(token)
+        seen.append(token)
+        if len(seen) > T:
+            seen = seen[-(T // 2) :] if window == "half" else seen[-T:]
+    return out
+
+
+@pytest.mark.parametrize("window", ["half", "exact"])
+@pytest.mark.parametrize("name", ["gpt2", "modern"])
+def test_generation_past_the_context_follows_its_definition(name, window):
+    model, params = make_model(**MODELS[name])
+    for prompt_length in (1, 3, T - 1, T, T + 1, 2 * T + 3):
+        prompt = prompt_of(prompt_length)
+        wanted = naive_greedy(model, params, prompt[0].tolist(), 3 * T + 1, window)
+        got = generate(model, params, prompt, 3 * T + 1, window=window)[0].tolist()
+        assert got == wanted, f"prompt of {prompt_length}"
+
+
+def test_greedy_texts_differ_between_windows():
+    """Otherwise the test above could not tell one window from the other."""
+    model, params = make_model()
+    texts = [generate(model, params, prompt_of(3), 50, window=w).tolist() for w in ("half", "exact")]
+    assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("context", [1, 2, 3, 8, 9])
+def test_windows_are_contiguous_and_long_enough(context):
+    for n in range(1, 6 * context + 5):
+        size = n - window_start(n, context)
+        assert size == n if n <= context else max(context // 2, 1) <= size <= context
+
+
+@pytest.mark.parametrize("context", [1, 2, 5])
+def test_odd_contexts_generate(context):
+    config = small_model(context=context)
+    model = GPT(config, VOCAB, stacked=False)
+    params = unstack_layers(make_params(config))
+    assert generate(model, params, prompt_of(2), 40).shape == (1, 40)
+
+
+@pytest.mark.parametrize("window", ["half", "exact"])
+def test_a_text_does_not_depend_on_how_its_generation_is_cut(window):
+    model, params = make_model()
+    rules, prompt = make_rules(temperature=1.5), prompt_of(5)
+    whole = generate(model, params, prompt, 60, rules, window=window)
+    first = generate(model, params, prompt, 23, rules, window=window)
+    so_far = np.concatenate([prompt, first], axis=1)
+    rest = generate(model, params, so_far, 37, rules, window=window)
+    assert whole.tolist() == np.concatenate([first, rest], axis=1).tolist()
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it():
+    model, params = make_model()
+    prompt = np.tile(prompt_of(4), (5, 1))
+    five = generate(model, params, prompt, 30, make_rules(temperature=2.0))
+    one = generate(model, params, prompt[:1], 30, make_rules(temperature=2.0))
+    assert five[0].tolist() == one[0].tolist()
+    assert len({tuple(row) for row in five.tolist()}) == 5
+
+
+def test_seeds_give_different_texts_and_a_seed_the_same():
+    model, params = make_model()
+    texts = [
+        generate(model, params, prompt_of(4), 30, make_rules(), jax.random.key(seed)).tolist()
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [{}, {"temperature": 0.7}, {"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.2}, {"top_k": 6, "top_p": 0.7}],
+    ids=str,
+)
+def test_frequencies_follow_the_rules(rules):
+    """Chi-square over 4,000 rows of the whole sampler, at its first and at a later, cached token."""
+    model, params = make_model(init_std=0.15)
+    rules = make_rules(**rules)
+    rows = 4000
+    prompt = np.tile(prompt_of(4), (rows, 1))
+    drawn_BxN = generate(model, params, prompt, 2, rules)
+    check_frequencies(model, params, prompt[0], drawn_BxN[:, 0], rules)
+    # Among the rows that began with the commonest token, the next one has one distribution too.
+    common = np.bincount(drawn_BxN[:, 0]).argmax()
+    same = drawn_BxN[drawn_BxN[:, 0] == common]
+    check_frequencies(model, params, np.append(prompt[0], common), same[:, 1], rules)
+
+
+def check_frequencies(model, params, text, drawn, rules):
+    logits_V = apply(model, params, text[None])[0][0, -1]
+    wanted = np.asarray(jax.nn.softmax(apply_rules(logits_V, rules)), np.float64)
+    counts = np.bincount(drawn, minlength=VOCAB)
+    assert (counts[wanted == 0] == 0).all()
+    kept = wanted > 0
+    assert kept.sum() > 1
+    expected = wanted[kept] / wanted[kept].sum() * len(drawn)
+    assert stats.chisquare(counts[kept], expected).pvalue > 1e-4

@@ -1,0 +1,48 @@
+"""The house: a module imports only modules above it in this list, which goes from input to output."""
+
+import ast
+
+import pytest
+
+from gpt_jax.config import REPOSITORY
+
+ORDER = [
+    "errors", "config", "tokenizer", "corpus", "batches", "model", "loss", "optimizer", "sharding",
+    "train_state", "train_step", "backend", "metrics", "checkpoint", "sampling", "sampler", "run",
+    "trainer", "evaluate", "write_samples",
+]  # fmt: skip
+PACKAGE = REPOSITORY / "gpt_jax"
+
+
+def imports(path):
+    """The modules of the package that a file imports, at any depth of its code."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            if node.module.startswith("gpt_jax."):
+                found.add(node.module.split(".")[1])
+            elif node.module == "gpt_jax":
+                found.update(alias.name for alias in node.names)
+    return found
+
+
+def test_every_module_has_its_place():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {*ORDER, "__init__"}
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_go_one_way(module):
+    above = set(ORDER[: ORDER.index(module)])
+    assert imports(PACKAGE / f"{module}.py") <= above
+
+
+def test_only_the_model_is_linen():
+    """Elsewhere flax is for boxes and pytrees: no other file defines a module."""
+    for path in PACKAGE.glob("*.py"):
+        defines = "(nn.Module)" in path.read_text(encoding="utf-8")
+        assert defines == (path.stem == "model"), path.name
+
+
+@pytest.mark.parametrize("program", ["train.py", "sample.py"])
+def test_programs_are_short(program):
+    assert len((REPOSITORY / program).read_text(encoding="utf-8").splitlines()) < 60
