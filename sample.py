@@ -21,7 +21,11 @@ def main() -> None:
     flag("--temperature", type=float, default=0.8, help="below 1 safer, above 1 wilder (%(default)s)")
     flag("--top_k", type=int, help="draw from the k likeliest characters")
     flag("--top_p", type=float, help="draw from the likeliest that hold this much probability")
-    flag("--min_p", type=float, help="draw from those at least this many times as likely as the likeliest")
+    flag(
+        "--min_p",
+        type=float,
+        help="draw from those at least this many times as likely as the likeliest",
+    )
     flag("--greedy", action="store_true", help="always take the likeliest character")
     flag("--num_samples", type=int, default=1, help="texts to generate side by side (%(default)s)")
     flag("--seed", type=int, default=0, help="the same seed gives the same text (%(default)s)")

@@ -1,11 +1,12 @@
-"""Train a GPT: `python train.py --config configs/shakespeare.py`.
+"""Train a GPT: python train.py --config configs/shakespeare_cpu.py
 
-Every setting of a config can be overridden, `--config.model.n_layer=4`. Run again, it resumes.
+Every setting of a config can be overridden: --config.model.n_layer=4. The run goes to
+artifacts/<name of the config>/, or to --workdir. The same command again resumes it.
 """
 
 import time
 
-STARTED = time.monotonic()
+STARTED = time.monotonic()  # the seconds of a run count from here, imports included
 
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -17,30 +18,32 @@ from gpt_jax.config import ARTIFACTS, Config  # noqa: E402
 from gpt_jax.errors import UserError, run_main  # noqa: E402
 from gpt_jax.trainer import train  # noqa: E402
 
-config_flags.DEFINE_config_file("config", help_string="A config file, configs/*.py.")
-flags.DEFINE_string("workdir", None, "Where the run goes (default: artifacts/<name of the config>).")
+config_flags.DEFINE_config_file("config", help_string="A config file, such as configs/smoke.py.")
+flags.DEFINE_string("workdir", None, "Where the run goes.")
 
 
 def main() -> int:
     """Parse the flags and train."""
+    if {"-h", "--help"} & set(sys.argv):
+        print(f"{__doc__}{flags.FLAGS.main_module_help()}")
+        return 0
     config_file, config = parse(sys.argv)
     workdir = flags.FLAGS.workdir
-    return train(
-        config,
-        Path(workdir).expanduser() if workdir else ARTIFACTS / config_file.stem,
-        STARTED,
-    )
+    default = ARTIFACTS / config_file.stem
+    return train(config, Path(workdir).expanduser() if workdir else default, STARTED)
 
 
 def parse(argv: list[str]) -> tuple[Path, Config]:
     """The config file and the settings that the command line asks for."""
     try:
         rest = flags.FLAGS(argv)[1:]
-        values = flags.FLAGS.config
-    except UserError:
-        raise
-    except Exception as error:  # absl and ml_collections raise all sorts, and so may a config file
-        raise UserError(" ".join(str(error).split()) or repr(error)) from None
+        values = flags.FLAGS.config and flags.FLAGS.config.to_dict()
+    except Exception as error:  # absl, ml_collections and config files raise all sorts
+        what = "unknown setting " if isinstance(error, KeyError | AttributeError) else ""
+        text = str(error.args[0] if error.args else repr(error)).replace(r"\n", " ").replace("\\'", "'")
+        if "No such file" in text:
+            what = "no config file there: try --config configs/shakespeare_cpu.py; "
+        raise UserError(what + " ".join(text.split())) from None
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: flags begin with --")
     if values is None:

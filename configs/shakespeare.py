@@ -13,9 +13,7 @@ from gpt_jax.config import Config
 def get_config() -> ConfigDict:
     """The recipe."""
     config = Config().to_config_dict()
-    config.model.update(
-        n_layer=6, n_head=6, d_model=384, context=256, dropout=0.2, attention_dropout=0.2
-    )
+    config.model.update(n_layer=6, n_head=6, d_model=384, context=256, dropout=0.2, attention_dropout=0.2)
     config.optimizer.update(
         learning_rate=1e-3, schedule="cosine", warmup_steps=100, final_fraction=0.1,
         b2=0.99, weight_decay=0.1, clip_norm=1.0,

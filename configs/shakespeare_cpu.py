@@ -21,5 +21,5 @@ def get_config() -> ConfigDict:
         name="muon", muon_learning_rate=0.02, learning_rate=3e-3, b1=0.9, b2=0.95, weight_decay=0.0,
         schedule="linear", warmup_steps=50, final_fraction=0.0,
     )  # fmt: skip
-    config.train.update(steps=2400, batch_size=8, eval_every=400, log_every=50)
+    config.train.update(steps=3000, batch_size=8, eval_every=500, log_every=50)
     return config

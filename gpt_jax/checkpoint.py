@@ -31,9 +31,7 @@ class Checkpoints:
                 preservation_policy=policies.AnyPreservationPolicy(
                     [
                         policies.LatestN(2),
-                        policies.BestN(
-                            get_metric_fn=_quality, n=1, keep_checkpoints_without_metrics=False
-                        ),
+                        policies.BestN(get_metric_fn=_quality, n=1, keep_checkpoints_without_metrics=False),
                     ]
                 ),
             ),

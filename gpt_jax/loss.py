@@ -21,7 +21,11 @@ def token_losses(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
 
 
 def batch_loss(
-    params: Params, model: GPT, inputs_BxT: jax.Array, targets_BxT: jax.Array, dropout_key: jax.Array
+    params: Params,
+    model: GPT,
+    inputs_BxT: jax.Array,
+    targets_BxT: jax.Array,
+    dropout_key: jax.Array,
 ) -> jax.Array:
     """Mean cross-entropy of a batch with dropout on, a float32 scalar in nats a token."""
     logits_BxTxV, _ = model.apply(
@@ -46,15 +50,15 @@ def make_loss_of_tokens(
     context = model.config.context
 
     @jax.jit
-    def window_losses(params, inputs_nxBxT, targets_nxBxT, mask_nxBxT):  # type: ignore[no-untyped-def]
-        def one_batch(batch):  # type: ignore[no-untyped-def]
+    def window_losses(params: Params, *windows_nxBxT: jax.Array) -> jax.Array:
+        def one_batch(batch: tuple[jax.Array, ...]) -> jax.Array:
             if batch_sharding is not None:
                 batch = jax.lax.with_sharding_constraint(batch, batch_sharding)
             inputs_BxT, targets_BxT, mask_BxT = batch
             logits_BxTxV, _ = model.apply({"params": params}, inputs_BxT)
             return jnp.sum(token_losses(logits_BxTxV, targets_BxT) * mask_BxT, axis=-1)
 
-        return jax.lax.map(one_batch, (inputs_nxBxT, targets_nxBxT, mask_nxBxT))
+        return jax.lax.map(one_batch, windows_nxBxT)
 
     def loss_of_tokens(params: Params, tokens_N: np.ndarray) -> float:
         windows = eval_windows(tokens_N, context, batch_size)

@@ -61,8 +61,7 @@ class TensorBoard:
             from tensorboardX import SummaryWriter
         except ImportError:
             raise UserError(
-                "train.tensorboard = True needs a package that is missing: "
-                "pip install -e '.[tensorboard]'"
+                "train.tensorboard = True needs a package that is missing: pip install -e '.[tensorboard]'"
             ) from None
         self._writer = SummaryWriter(str(folder))
 
@@ -86,8 +85,14 @@ class Terminal:
         self._printed_at = 0.0
         self._steps = steps
         if sys.stdout.isatty():
+            # A terminal that does not know its size says 0, and tqdm would draw nothing.
+            columns = os.get_terminal_size(sys.stdout.fileno()).columns
             self._bar = tqdm(
-                total=steps, initial=first_step, file=sys.stdout, unit="step", dynamic_ncols=True
+                total=steps,
+                initial=first_step,
+                file=sys.stdout,
+                unit="step",
+                **({"dynamic_ncols": True} if columns else {"ncols": 80, "nrows": 24}),
             )
 
     def line(self, text: str) -> None:
@@ -97,11 +102,11 @@ class Terminal:
         else:
             print(text, flush=True)
 
-    def progress(self, record: Record, seconds_left: float) -> None:
+    def progress(self, record: Record, val_loss: float | None, seconds_left: float) -> None:
         """Show the newest numbers of the run."""
         shown = {
             "loss": f"{record['train_loss']:.3f}",
-            "val": f"{record['val_loss']:.3f}" if "val_loss" in record else "-",
+            "val": "-" if val_loss is None else f"{val_loss:.3f}",
             "tok/s": f"{record['tokens_per_second']:,.0f}",
         }
         if self._bar is not None:

@@ -45,9 +45,7 @@ def empty_cache(config: ModelConfig, batch_size: int) -> Cache:
     """A cache with room for `config.context` tokens that holds none."""
     shape_BxHxSxK = (batch_size, config.n_head, config.context, config.d_head)
     zeros = partial(jnp.zeros, shape_BxHxSxK, compute_dtype(config))
-    return Cache(
-        layers=tuple((zeros(), zeros()) for _ in range(config.n_layer)), length=jnp.int32(0)
-    )
+    return Cache(layers=tuple((zeros(), zeros()) for _ in range(config.n_layer)), length=jnp.int32(0))
 
 
 def unstack_layers(params: Params) -> Params:
@@ -114,7 +112,7 @@ class GPT(nn.Module):
                 raise ValueError("a cache needs GPT(stacked=False)")
             x_BxTxD = self._stacked_blocks(deterministic)(x_BxTxD, positions_T, None)[0]
         else:
-            layers = []
+            layers: list[Any] = []
             for i in range(config.n_layer):
                 layer = None if cache is None else cache.layers[i]
                 block = Block(config, deterministic, name=f"block_{i}")
@@ -174,9 +172,7 @@ class Block(nn.Module):
         config = self.config
         dropout = partial(nn.Dropout, config.dropout, deterministic=self.deterministic)
         attention = CausalSelfAttention(config, self.deterministic, name="attention")
-        y_BxTxD, cache = attention(
-            make_norm(config, "attention_norm")(x_BxTxD), positions_T, cache
-        )
+        y_BxTxD, cache = attention(make_norm(config, "attention_norm")(x_BxTxD), positions_T, cache)
         x_BxTxD += dropout()(y_BxTxD)
         y_BxTxD = MLP(config, name="mlp")(make_norm(config, "mlp_norm")(x_BxTxD))
         return x_BxTxD + dropout()(y_BxTxD), cache

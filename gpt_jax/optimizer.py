@@ -1,5 +1,7 @@
 """The learning-rate schedule and the optimizer, composed from optax's parts."""
 
+from typing import Any
+
 import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
@@ -76,7 +78,7 @@ def is_matrix(params: Params) -> Params:
 
 
 def _muon_axes(params: Params) -> Params:
-    def axes(path, _):  # type: ignore[no-untyped-def]
+    def axes(path: tuple[Any, ...], _: jax.Array) -> MuonDimensionNumbers | None:
         names = [entry.key for entry in path]
         return _MUON_AXES[names[-2]] if names[0] == "blocks" and names[-1] == "kernel" else None
 

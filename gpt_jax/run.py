@@ -46,7 +46,13 @@ class Run:
     metadata: dict[str, Any]
 
     def generate(
-        self, prompt: str = "\n", length: int = 500, *, seed: int = 0, window: str = "half", **rules: Any
+        self,
+        prompt: str = "\n",
+        length: int = 500,
+        *,
+        seed: int = 0,
+        window: str = "half",
+        **rules: Any,
     ) -> str:
         """Continue `prompt` by `length` characters and return those, without the prompt.
 

@@ -13,6 +13,7 @@ the same however its generation is cut up: generating 10 tokens and then 10 more
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,16 +120,14 @@ def _exact_pieces(
 
 
 @partial(jax.jit, static_argnums=0)
-def prefill(
-    model: GPT, params: Params, tokens_BxW: jax.Array, length: jax.Array
-) -> tuple[jax.Array, Cache]:
+def prefill(model: GPT, params: Params, tokens_BxW: jax.Array, length: jax.Array) -> tuple[jax.Array, Cache]:
     """Read the first `length` of W tokens at once; what is padding after them leaves no trace.
 
     Returns:
         The logits of the next token [B, V], and the cache.
     """
-    cache = empty_cache(model.config, tokens_BxW.shape[0])
-    logits_BxWxV, cache = model.apply({"params": params}, tokens_BxW, cache)
+    empty = empty_cache(model.config, tokens_BxW.shape[0])
+    logits_BxWxV, cache = _read(model, params, tokens_BxW, empty)
     # Attention never looks ahead, and the padding's keys are overwritten before they are looked at.
     return logits_BxWxV[:, length - 1], cache.replace(length=length)
 
@@ -150,10 +149,10 @@ def decode(
         The logits of the token after those, the cache, and the tokens, int32 [B, n_tokens].
     """
 
-    def step(carry, index):  # type: ignore[no-untyped-def]
+    def step(carry: tuple[jax.Array, Cache], index: jax.Array) -> tuple[Any, jax.Array]:
         logits_BxV, cache = carry
         token_B = draw(_keys(key, index, logits_BxV.shape[0]), logits_BxV, rules)
-        logits_Bx1xV, cache = model.apply({"params": params}, token_B[:, None], cache)
+        logits_Bx1xV, cache = _read(model, params, token_B[:, None], cache)
         return (logits_Bx1xV[:, 0], cache), token_B
 
     indices = position + jnp.arange(n_tokens)
@@ -173,7 +172,7 @@ def decode_exact(
     """`CHUNK` tokens, each from its whole window: the last T of the `position` tokens before it."""
     batch_size, context = window_BxT.shape
 
-    def step(window_BxT, index):  # type: ignore[no-untyped-def]
+    def step(window_BxT: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         filled = jnp.minimum(index, context)
         logits_BxTxV, _ = model.apply({"params": params}, window_BxT)
         token_B = draw(_keys(key, index, batch_size), logits_BxTxV[:, filled - 1], rules)
@@ -183,6 +182,10 @@ def decode_exact(
 
     _, tokens_CxB = jax.lax.scan(step, window_BxT, position + jnp.arange(CHUNK))
     return tokens_CxB.T
+
+
+def _read(model: GPT, params: Params, tokens_BxT: jax.Array, cache: Cache) -> tuple[jax.Array, Any]:
+    return model.apply({"params": params}, tokens_BxT, cache)
 
 
 def _keys(key: jax.Array, index: jax.Array, batch_size: int) -> jax.Array:

@@ -56,7 +56,7 @@ def abstract_state(
         is_leaf=_is_masked,
     )
     return TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
+        step=_with_sharding(jax.ShapeDtypeStruct((), jnp.int32), replicated(mesh)),
         params=params,
         opt_state=opt_state,
         ema_params=params if keep_ema else None,

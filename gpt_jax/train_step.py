@@ -1,6 +1,5 @@
 """One update, and many updates in one call. Pure: state and data in, state and metrics out."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from gpt_jax.train_state import TrainState
 INIT_STREAM, BATCH_STREAM, DROPOUT_STREAM, SAMPLE_STREAM = range(4)
 
 Metrics = dict[str, jax.Array]
+TrainSteps = Any  # a jitted or compiled (state, tokens_N, n_steps) -> (state, metrics)
 
 
 def stream(seed: int, name: int) -> jax.Array:
@@ -39,7 +39,7 @@ def loss_and_gradient(
     if accumulate == 1:
         return gradient_of(params, model, inputs_BxT, targets_BxT, dropout_key)
 
-    def add_part(total, part):  # type: ignore[no-untyped-def]
+    def add_part(total: Any, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, None]:
         index, inputs, targets = part
         key = jax.random.fold_in(dropout_key, index)
         return jax.tree.map(jnp.add, total, gradient_of(params, model, inputs, targets, key)), None
@@ -61,7 +61,7 @@ def make_train_steps(
     mesh: Mesh,
     state: TrainState,
     max_steps: int,
-) -> Callable[[TrainState, jax.Array, int], tuple[TrainState, Metrics]]:
+) -> TrainSteps:
     """Build the compiled function of the training loop.
 
     Args:
@@ -80,10 +80,10 @@ def make_train_steps(
 
     def train_step(state: TrainState, tokens_N: jax.Array) -> tuple[TrainState, Metrics]:
         batch = train_batch(batch_key, state.step, tokens_N, train.batch_size, config.model.context)
-        batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
+        inputs_BxT, targets_BxT = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
         dropout_key = jax.random.fold_in(dropout_stream, state.step)
         loss, gradient = loss_and_gradient(
-            state.params, model, *batch, dropout_key, train.accumulate
+            state.params, model, inputs_BxT, targets_BxT, dropout_key, train.accumulate
         )
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -94,9 +94,7 @@ def make_train_steps(
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradient)}
         return TrainState(state.step + 1, params, opt_state, ema_params), metrics
 
-    def train_steps(
-        state: TrainState, tokens_N: jax.Array, n_steps: jax.Array
-    ) -> tuple[TrainState, Metrics]:
+    def train_steps(state: TrainState, tokens_N: jax.Array, n_steps: jax.Array) -> tuple[TrainState, Metrics]:
         def body(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
             state, history = carry
             state, metrics = train_step(state, tokens_N)

@@ -3,8 +3,7 @@
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt_jax.backend import check_backend, describe_devices
+from gpt_jax.backend import check_backend
 from gpt_jax.checkpoint import Checkpoints
-from gpt_jax.config import ARTIFACTS, REPOSITORY, Config, flatten
+from gpt_jax.config import Config, flatten
 from gpt_jax.corpus import Corpus, load_corpus
 from gpt_jax.errors import UserError
 from gpt_jax.loss import make_loss_of_tokens
@@ -26,16 +25,24 @@ from gpt_jax.metrics import (
     plot_losses,
     read_metrics,
     replace_text,
-    show_time,
 )
-from gpt_jax.model import GPT, compute_dtype, unstack_layers
+from gpt_jax.model import GPT, unstack_layers
 from gpt_jax.optimizer import make_optimizer, make_schedule
+from gpt_jax.report import (
+    describe_end,
+    describe_evaluation,
+    describe_finished,
+    describe_run,
+    describe_stop,
+    promise_time,
+)
 from gpt_jax.run import checkpoint_folder
 from gpt_jax.sampler import generate_tokens
 from gpt_jax.sampling import make_rules
 from gpt_jax.sharding import batch_sharding, make_mesh, replicated
+from gpt_jax.signals import stop_signals
 from gpt_jax.train_state import TrainState, abstract_state, count_params, init_state
-from gpt_jax.train_step import INIT_STREAM, SAMPLE_STREAM, make_train_steps, stream
+from gpt_jax.train_step import INIT_STREAM, SAMPLE_STREAM, TrainSteps, make_train_steps, stream
 
 MAX_STEPS_PER_CALL = 100
 SECONDS_PER_CALL = 1.0  # about how long the program is deaf to Ctrl-C, and the bar stands still
@@ -84,7 +91,7 @@ def train(config: Config, workdir: Path, started: float | None = None) -> int:
 
 
 class _Trainer:
-    """One run of the loop and what it holds."""
+    """One run: what the loop needs, and where it is."""
 
     def __init__(
         self,
@@ -103,44 +110,50 @@ class _Trainer:
         self.checkpoints = checkpoints
         self.model = GPT(config.model, corpus.tokenizer.vocab_size)
         self.optimizer = make_optimizer(config.optimizer, config.train.steps)
-        self.schedule = make_schedule(
-            config.optimizer, config.train.steps, config.optimizer.learning_rate
-        )
+        self.schedule = make_schedule(config.optimizer, config.train.steps, config.optimizer.learning_rate)
         # The losses that the next line's train_loss is the mean of. Kept in checkpoints, so that a
         # resumed run writes the very lines that an undisturbed one writes.
         self.recent_losses: deque[float] = deque(maxlen=config.train.log_every)
-        self.val_loss: float | None = None
+        self.val_loss: float | None = None  # of the newest evaluation
         self.step = 0
 
     def run(self) -> int:
-        steps = self.config.train.steps
+        """Restore or begin, train, say what came of it; the exit status."""
+        config, workdir, steps = self.config, self.workdir, self.config.train.steps
         state = self._restore_or_init()
         first_step = self.step
-        self._describe(count_params(state.params))
+        n_params = count_params(state.params)
+        print(describe_run(config, workdir, self.corpus, self.mesh.shape, n_params))
         if first_step >= steps:
-            print(
-                f"this run is finished: {first_step:,} of {steps:,} steps are done. "
-                f"To train on, raise --config.train.steps; to sample, {self._how_to_sample()}"
-            )
+            print(describe_finished(first_step, steps, workdir))
             return 0
+        if first_step:
+            print(f"resume  after step {first_step:,} of {steps:,}")
 
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        replace_text(self.workdir / "config.json", self.config.to_json())
-        sinks: list[Any] = [MetricsFile(self.workdir / "metrics.jsonl", first_step)]
-        if self.config.train.tensorboard:
-            sinks.append(TensorBoard(self.workdir / "tensorboard"))
-        with _stop_signals() as stopped_by:
-            train_steps = self._compile(state)
+        workdir.mkdir(parents=True, exist_ok=True)
+        replace_text(workdir / "config.json", config.to_json())
+        sinks: list[MetricsFile | TensorBoard] = []
+        if config.train.tensorboard:
+            sinks.append(TensorBoard(workdir / "tensorboard"))
+        sinks.append(MetricsFile(workdir / "metrics.jsonl", first_step))
+        with stop_signals() as stopped_by:
+            tokens_N = jax.device_put(self.corpus.train, replicated(self.mesh))
+            train_steps = self._compile(state, tokens_N)
             terminal = Terminal(first_step, steps)
             try:
-                self._loop(state, train_steps, terminal, sinks, stopped_by)
+                self._loop(state, tokens_N, train_steps, terminal, sinks, stopped_by)
             finally:
                 terminal.close()
                 for sink in sinks:
                     sink.close()
         self._plot()
         self.checkpoints.wait()
-        return self._say_goodbye(stopped_by())
+        stop = stopped_by()
+        if self.step < steps and stop is not None:
+            print(describe_stop(stop.name, self.step, steps, workdir))
+            return 128 + stop
+        print(describe_end(read_metrics(workdir / "metrics.jsonl"), workdir))
+        return 0
 
     def _restore_or_init(self) -> TrainState:
         keep_ema = self.config.optimizer.ema_decay > 0
@@ -148,20 +161,15 @@ class _Trainer:
         if not saved_steps:
             key = stream(self.config.seed, INIT_STREAM)
             return init_state(self.model, self.optimizer, keep_ema, self.mesh, key)
-        step = saved_steps[-1]
-        metadata = self.checkpoints.metadata(step)
+        self.step = saved_steps[-1]
+        metadata = self.checkpoints.metadata(self.step)
         self._check_same_run(metadata)
-        target = abstract_state(self.model, self.optimizer, keep_ema, self.mesh)
-        items = self.checkpoints.restore(step, _items(target))
         self.recent_losses.extend(metadata["recent_losses"])
         self.val_loss = metadata["val_loss"]
-        self.step = step
-        return TrainState(
-            step=jax.device_put(np.int32(step), replicated(self.mesh)),
-            params=items["params"],
-            opt_state=items["opt_state"],
-            ema_params=items.get("ema_params"),
-        )
+        target = abstract_state(self.model, self.optimizer, keep_ema, self.mesh)
+        items = self.checkpoints.restore(self.step, _items(target))
+        step = jax.device_put(np.int32(self.step), replicated(self.mesh))
+        return TrainState(step, items["params"], items["opt_state"], items.get("ema_params"))
 
     def _check_same_run(self, metadata: dict[str, Any]) -> None:
         old, new = flatten(Config.from_dict(metadata["config"])), flatten(self.config)
@@ -178,46 +186,30 @@ class _Trainer:
                 f"give back the old text, or start another run with another --workdir"
             )
 
-    def _describe(self, n_params: int) -> None:
-        model, corpus = self.config.model, self.corpus
-        dtype = np.dtype(compute_dtype(model)).name
-        shape = dict(self.mesh.shape)
-        print(f"device  {describe_devices()}, {dtype}, mesh {shape}, jax {jax.__version__}")
-        print(
-            f"model   {n_params:,} parameters: {model.n_layer} layers, {model.n_head} heads, "
-            f"width {model.d_model}, context {model.context}"
-        )
-        print(
-            f"data    {_short(self.config.data.file)}: {len(corpus.train):,} characters train, "
-            f"{len(corpus.val):,} validate, {corpus.tokenizer.vocab_size} distinct"
-        )
-        print(f"run     {_short(self.workdir)}/: config.json metrics.jsonl loss.png samples.txt checkpoints/")
-        if self.step:
-            print(f"resume  after step {self.step:,} of {self.config.train.steps:,}")
-
-    def _compile(self, state: TrainState) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    def _compile(self, state: TrainState, tokens_N: jax.Array) -> TrainSteps:
         begun = time.monotonic()
         print("compile ...", end="", flush=True)
-        jitted = make_train_steps(
+        steps = make_train_steps(
             self.config, self.model, self.optimizer, self.mesh, state, MAX_STEPS_PER_CALL
         )
-        self.tokens = jax.device_put(self.corpus.train, replicated(self.mesh))
-        compiled = jitted.lower(state, self.tokens, np.int32(1)).compile()  # type: ignore[attr-defined]
+        compiled = steps.lower(state, tokens_N, np.int32(1)).compile()
         print(f" {time.monotonic() - begun:.1f} s", flush=True)
         return compiled
 
     def _loop(
         self,
         state: TrainState,
-        train_steps: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+        tokens_N: jax.Array,
+        train_steps: TrainSteps,
         terminal: Terminal,
-        sinks: list[Any],
-        stopped_by: Callable[[], int | None],
+        sinks: list[MetricsFile | TensorBoard],
+        stopped_by: Callable[[], signal.Signals | None],
     ) -> None:
         train = self.config.train
         tokens_per_step = train.batch_size * self.config.model.context
-        batch_size = train.batch_size // train.accumulate
-        loss_of_tokens = make_loss_of_tokens(self.model, batch_size, batch_sharding(self.mesh))
+        loss_of_tokens = make_loss_of_tokens(
+            self.model, train.batch_size // train.accumulate, batch_sharding(self.mesh)
+        )
         steps_per_call, calls = 1, 0
         saved_at = time.monotonic()
 
@@ -225,61 +217,54 @@ class _Trainer:
             until_evaluation = train.eval_every - self.step % train.eval_every
             n_steps = min(steps_per_call, until_evaluation, train.steps - self.step)
             begun = time.monotonic()
-            state, metrics = train_steps(state, self.tokens, np.int32(n_steps))
+            state, metrics = train_steps(state, tokens_N, np.int32(n_steps))
             losses, norms = jax.device_get((metrics["loss"], metrics["grad_norm"]))
             seconds_per_step = (time.monotonic() - begun) / n_steps
             steps_per_call = int(np.clip(SECONDS_PER_CALL / seconds_per_step, 1, MAX_STEPS_PER_CALL))
-            seconds_left = (train.steps - self.step - n_steps) * seconds_per_step
-            calls += 1
-            if calls == 2:  # the first call is slower than all that follow
-                self._promise(terminal, seconds_left)
 
-            last = self.step + n_steps
-            evaluate_now = last % train.eval_every == 0 or last == train.steps
-            speed = round(tokens_per_step / seconds_per_step, 1)
-            record: Record = {}
+            last_step = self.step + n_steps
             for loss, norm in zip(losses[:n_steps].tolist(), norms[:n_steps].tolist(), strict=True):
                 self.step += 1
                 self.recent_losses.append(loss)
-                if self.step % train.log_every == 0 or self.step == last:
-                    record = self._record(norm, speed)
-                    if self.step % train.log_every == 0 and not (evaluate_now and self.step == last):
+                if self.step % train.log_every == 0 or self.step == last_step:
+                    record = self._record(norm, tokens_per_step / seconds_per_step)
+                    if self.step < last_step:
                         _write(sinks, record)
-
+            evaluate_now = self.step % train.eval_every == 0 or self.step == train.steps
             if evaluate_now:
                 self.val_loss = loss_of_tokens(state.eval_params, self.corpus.val)
-                record = self._record(norm, speed)
-                record |= {"val_loss": self.val_loss, "val_bpc": self.val_loss / np.log(2)}
+                record |= {"val_loss": self.val_loss, "val_bpc": self.val_loss / float(np.log(2))}
+                record["seconds"] = self._seconds()
+            if evaluate_now or self.step % train.log_every == 0:
                 _write(sinks, record)
-                self._save(state, self.val_loss)
-                saved_at = time.monotonic()
-                self._show_evaluation(terminal, state, record)
-            elif time.monotonic() - saved_at > 60 * train.save_minutes:
-                self._save(state, None)
-                saved_at = time.monotonic()
-            shown = record if self.val_loss is None else record | {"val_loss": self.val_loss}
-            terminal.progress(shown, seconds_left)
 
-        if self.step < train.steps:  # stopped: wherever the signal came, this step is not lost
+            if evaluate_now or time.monotonic() - saved_at > 60 * train.save_minutes:
+                self._save(state, self.val_loss if evaluate_now else None)
+                saved_at = time.monotonic()
+            if evaluate_now:
+                self._show_evaluation(terminal, state, record)
+            seconds_left = (train.steps - self.step) * seconds_per_step
+            calls += 1
+            if calls == 2:  # the first call is slower than all that follow
+                terminal.line(promise_time(seconds_left))
+            terminal.progress(record, self.val_loss, seconds_left)
+
+        if self.step < train.steps:  # stopped: whenever the signal came, this step is not lost
             self._save(state, None)
+
+    def _seconds(self) -> float:
+        return round(time.monotonic() - self.started, 3)
 
     def _record(self, grad_norm: float, tokens_per_second: float) -> Record:
         """A line of metrics.jsonl for the step just done."""
         return {
             "step": self.step,
-            "seconds": round(time.monotonic() - self.started, 3),
+            "seconds": self._seconds(),
             "train_loss": float(np.mean(self.recent_losses)),
             "learning_rate": float(self.schedule(self.step - 1)),
             "grad_norm": grad_norm,
-            "tokens_per_second": tokens_per_second,
+            "tokens_per_second": round(tokens_per_second, 1),
         }
-
-    def _promise(self, terminal: Terminal, seconds_left: float) -> None:
-        """Say how long it will take here, and what to do where that is too long."""
-        text = f"time    about {show_time(seconds_left)} of training here, evaluation apart"
-        if jax.default_backend() == "cpu" and seconds_left > 1800:
-            text += "; on a CPU, configs/shakespeare_cpu.py takes minutes"
-        terminal.line(text)
 
     def _save(self, state: TrainState, val_loss: float | None) -> None:
         metadata = {
@@ -295,15 +280,10 @@ class _Trainer:
 
     def _show_evaluation(self, terminal: Terminal, state: TrainState, record: Record) -> None:
         """A line of losses, a few lines of sample text, and the plot."""
-        train_loss, val_loss = record["train_loss"], record["val_loss"]
-        sample = self._sample(state) if self.config.train.sample_length else ""
-        losses = (
-            f"step {self.step:,}: training loss {train_loss:.4f}, validation loss {val_loss:.4f} "
-            f"({record['val_bpc']:.3f} bits per character), gap {val_loss - train_loss:+.4f}, "
-            f"{show_time(record['seconds'])}"
-        )
+        losses = describe_evaluation(record)
         terminal.line(losses)
-        if sample:
+        if self.config.train.sample_length:
+            sample = self._sample(state)
             terminal.line("\n".join("    | " + line for line in sample.strip("\n").splitlines()))
             with (self.workdir / "samples.txt").open("a", encoding="utf-8", newline="") as file:
                 file.write(f"--- {losses}\n{sample}\n\n")
@@ -321,30 +301,7 @@ class _Trainer:
         return "".join(self.corpus.tokenizer.decode(piece[0]) for piece in pieces)
 
     def _plot(self) -> None:
-        plot_losses(
-            self.workdir / "metrics.jsonl", self.workdir / "loss.png", title=self.workdir.name
-        )
-
-    def _say_goodbye(self, signal_number: int | None) -> int:
-        seconds = time.monotonic() - self.started
-        if self.step < self.config.train.steps:
-            name = signal.Signals(signal_number).name if signal_number else "?"
-            print(
-                f"stopped by {name}; saved after step {self.step:,} of {self.config.train.steps:,}. "
-                f"The same command goes on; to sample, {self._how_to_sample()}"
-            )
-            return 128 + (signal_number or 0)
-        losses = [r for r in read_metrics(self.workdir / "metrics.jsonl") if "val_loss" in r]
-        best = min(losses, key=lambda record: record["val_loss"])
-        print(
-            f"done in {show_time(seconds)}: validation loss {self.val_loss:.4f}, best "
-            f"{best['val_loss']:.4f} at step {best['step']:,}. To sample, {self._how_to_sample()}"
-        )
-        return 0
-
-    def _how_to_sample(self) -> str:
-        default = self.workdir.absolute().parent == ARTIFACTS
-        return "python sample.py" + ("" if default else f" --workdir {self.workdir}")
+        plot_losses(self.workdir / "metrics.jsonl", self.workdir / "loss.png", title=self.workdir.name)
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -355,39 +312,6 @@ def _items(state: TrainState) -> dict[str, Any]:
     return items
 
 
-def _write(sinks: list[Any], record: Record) -> None:
+def _write(sinks: list[MetricsFile | TensorBoard], record: Record) -> None:
     for sink in sinks:
         sink.write(record)
-
-
-def _short(path: Path) -> str:
-    """A path as a person would name it: from the repository where it lies there."""
-    path = path.absolute()
-    return str(path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], int | None]]:
-    """Turn the first Ctrl-C or SIGTERM into a request to stop; the second one acts as ever.
-
-    Yields:
-        A function that returns the signal's number, or None while none came.
-    """
-    received: list[int] = []
-
-    def handle(number: int, _frame: Any) -> None:
-        received.append(number)
-        signal.signal(number, old[number])
-        print("\nstopping: saving first", flush=True)
-
-    old: dict[int, Any] = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            old[number] = signal.signal(number, handle)
-    except ValueError:  # not the main thread (a notebook's worker): signals go elsewhere
-        pass
-    try:
-        yield lambda: received[0] if received else None
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

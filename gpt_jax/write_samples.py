@@ -50,9 +50,7 @@ def write_samples(
     print(f"{workdir}, {which} checkpoint, step {run.step:,}", file=sys.stderr)
 
     samples = [prompt] * num_samples
-    pieces = run.stream(
-        prompt, length, rules, num_samples=num_samples, seed=seed, window=window
-    )
+    pieces = run.stream(prompt, length, rules, num_samples=num_samples, seed=seed, window=window)
     shown = len(prompt) + show
     print(prompt, end="", flush=True)
     begun = time.monotonic()

@@ -9,19 +9,17 @@ from functools import partial
 
 # Most of the time goes into compiling small programs: XLA need not try hard here. The tests that run
 # train.py and sample.py as processes have XLA as users have it.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-from flax import linen as nn  # noqa: E402
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
 
-from gpt_jax.config import Config, ModelConfig  # noqa: E402
-from gpt_jax.model import GPT  # noqa: E402
-from gpt_jax.train_state import init_params  # noqa: E402
+from gpt_jax.config import Config, ModelConfig
+from gpt_jax.model import GPT
+from gpt_jax.train_state import init_params
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -56,9 +54,7 @@ VOCAB = 11
 
 def small_model(**options) -> ModelConfig:
     """A model of a few thousand parameters whose random logits differ clearly."""
-    return ModelConfig(
-        **{"n_layer": 2, "n_head": 2, "d_model": 16, "context": 8, "init_std": 0.3} | options
-    )
+    return ModelConfig(**{"n_layer": 2, "n_head": 2, "d_model": 16, "context": 8, "init_std": 0.3} | options)
 
 
 def make_params(config: ModelConfig, seed: int = 0):

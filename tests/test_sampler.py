@@ -23,9 +23,7 @@ def prompt_of(length, rows=1):
 
 def generate(model, params, prompt, length, rules=None, key=KEY, window="half"):
     rules = make_rules(greedy=True) if rules is None else rules
-    return np.concatenate(
-        list(generate_tokens(model, params, prompt, length, rules, key, window)), axis=1
-    )
+    return np.concatenate(list(generate_tokens(model, params, prompt, length, rules, key, window)), axis=1)
 
 
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
@@ -140,7 +138,14 @@ def test_seeds_give_different_texts_and_a_seed_the_same():
 
 @pytest.mark.parametrize(
     "rules",
-    [{}, {"temperature": 0.7}, {"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.2}, {"top_k": 6, "top_p": 0.7}],
+    [
+        {},
+        {"temperature": 0.7},
+        {"top_k": 4},
+        {"top_p": 0.8},
+        {"min_p": 0.2},
+        {"top_k": 6, "top_p": 0.7},
+    ],
     ids=str,
 )
 def test_frequencies_follow_the_rules(rules):

@@ -106,6 +106,6 @@ def test_draws_follow_the_probabilities(rules):
     ids=str,
 )  # fmt: skip
 def test_values_out_of_range_are_named(rules):
-    (name, value), = rules.items()
+    ((name, value),) = rules.items()
     with pytest.raises(UserError, match=f"{name} = {value} must"):
         make_rules(**rules)

@@ -9,7 +9,7 @@ from gpt_jax.config import REPOSITORY
 ORDER = [
     "errors", "config", "tokenizer", "corpus", "batches", "model", "loss", "optimizer", "sharding",
     "train_state", "train_step", "backend", "metrics", "checkpoint", "sampling", "sampler", "run",
-    "trainer", "evaluate", "write_samples",
+    "signals", "report", "trainer", "evaluate", "write_samples",
 ]  # fmt: skip
 PACKAGE = REPOSITORY / "gpt_jax"
 

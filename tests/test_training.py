@@ -135,7 +135,7 @@ def train(config, workdir):
 def train_and_stop(config, workdir, step, monkeypatch, signal_number=signal.SIGINT):
     """Train; raise a real signal in this process when `step` steps are done."""
 
-    def progress(self, record, seconds_left):
+    def progress(self, record, val_loss, seconds_left):
         if record["step"] == step:
             os.kill(os.getpid(), signal_number)
 
@@ -165,9 +165,7 @@ def metrics_of(workdir):
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_goes_on_to_the_same_bits(tiny_config, tmp_path, monkeypatch, signal_number, capsys):
-    config = tiny_config(
-        model={"dropout": 0.2, "attention_dropout": 0.2}, optimizer={"ema_decay": 0.9}
-    )
+    config = tiny_config(model={"dropout": 0.2, "attention_dropout": 0.2}, optimizer={"ema_decay": 0.9})
     assert train(config, tmp_path / "whole") == 0
     wanted = final_state(config, tmp_path / "whole")
     assert wanted["step"] == 20

@@ -1,0 +1,88 @@
+"""What training says to a person, as text."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gpt_jax.backend import describe_devices
+from gpt_jax.config import ARTIFACTS, REPOSITORY, Config
+from gpt_jax.corpus import Corpus
+from gpt_jax.metrics import Record, show_time
+from gpt_jax.model import compute_dtype
+
+LONG_ON_A_CPU = 30 * 60  # seconds; whoever waits longer should know of the small recipe
+
+
+def describe_run(config: Config, workdir: Path, corpus: Corpus, mesh_shape: Any, n_params: int) -> str:
+    """The first lines: the device, the model, the data, and where things go."""
+    model = config.model
+    dtype = np.dtype(compute_dtype(model)).name
+    mesh = " x ".join(f"{size} {axis}" for axis, size in mesh_shape.items())
+    return "\n".join(
+        [
+            f"device  {describe_devices()}, mesh {mesh}, {dtype}, jax {jax.__version__}",
+            f"model   {n_params:,} parameters: {model.n_layer} layers, {model.n_head} heads, "
+            f"width {model.d_model}, context {model.context}",
+            f"data    {_short(config.data.file)}: {len(corpus.train):,} characters train, "
+            f"{len(corpus.val):,} validate, {corpus.tokenizer.vocab_size} distinct",
+            f"run     {_short(workdir)}/: config.json metrics.jsonl loss.png samples.txt checkpoints/",
+        ]
+    )
+
+
+def promise_time(seconds_left: float) -> str:
+    """How long it will take here, and what to do where that is too long."""
+    text = f"time    about {show_time(seconds_left)} of training here, evaluation apart"
+    if jax.default_backend() == "cpu" and seconds_left > LONG_ON_A_CPU:
+        text += "; on a CPU, configs/shakespeare_cpu.py takes minutes"
+    return text
+
+
+def describe_evaluation(record: Record) -> str:
+    """One line of losses."""
+    train_loss, val_loss = record["train_loss"], record["val_loss"]
+    return (
+        f"step {record['step']:,}: training loss {train_loss:.4f}, validation loss {val_loss:.4f} "
+        f"({record['val_bpc']:.3f} bits per character), gap {val_loss - train_loss:+.4f}, "
+        f"{show_time(record['seconds'])}"
+    )
+
+
+def describe_end(records: list[Record], workdir: Path) -> str:
+    """The last line of a finished run, from its metrics."""
+    validated = [record for record in records if "val_loss" in record]
+    last, best = validated[-1], min(validated, key=lambda record: record["val_loss"])
+    return (
+        f"done in {show_time(last['seconds'])}: validation loss {last['val_loss']:.4f}, best "
+        f"{best['val_loss']:.4f} at step {best['step']:,}. To sample: {sample_command(workdir)}"
+    )
+
+
+def describe_stop(signal_name: str, step: int, steps: int, workdir: Path) -> str:
+    """The last line of a run that a signal stopped."""
+    return (
+        f"stopped by {signal_name}; saved after step {step:,} of {steps:,}. The same command goes on. "
+        f"To sample: {sample_command(workdir)}"
+    )
+
+
+def describe_finished(step: int, steps: int, workdir: Path) -> str:
+    """For a run that has nothing left to do."""
+    return (
+        f"this run is finished: {step:,} of {steps:,} steps are done. To train on, raise "
+        f"--config.train.steps. To sample: {sample_command(workdir)}"
+    )
+
+
+def sample_command(workdir: Path) -> str:
+    """The command that samples from a run."""
+    found_by_itself = workdir.absolute().parent == ARTIFACTS
+    return "python sample.py" + ("" if found_by_itself else f" --workdir {workdir}")
+
+
+def _short(path: Path) -> str:
+    """A path as a person would name it: from the repository where it lies there."""
+    path = path.absolute()
+    return str(path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path)
