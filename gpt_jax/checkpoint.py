@@ -1,5 +1,6 @@
 """Checkpoints: Orbax behind one small face. Knows no model, only named trees of arrays."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,26 @@ class Checkpoints:
     Saving goes on in the background; `close` waits for it.
     """
 
-    def __init__(self, folder: Path):
-        """Open `folder`, which need not exist before the first save."""
+    def __init__(self, folder: Path, read_only: bool = False):
+        """Open `folder`, which need not exist before the first save.
+
+        Args:
+            folder: holds a folder for each step.
+            read_only: leave everything as it is; a run that is training may be read beside it.
+        """
         self.folder = folder.absolute()  # Orbax wants absolute paths
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 create=False,
-                cleanup_tmp_directories=True,
+                read_only=read_only,
+                cleanup_tmp_directories=not read_only,  # leftovers of a kill
                 best_fn=_quality,
                 best_mode="max",
                 preservation_policy=policies.AnyPreservationPolicy(
                     [
                         policies.LatestN(2),
-                        policies.BestN(get_metric_fn=_quality, n=1, keep_checkpoints_without_metrics=False),
+                        policies.BestN(get_metric_fn=_quality, n=1),
                     ]
                 ),
             ),
@@ -50,7 +57,7 @@ class Checkpoints:
         steps = self.steps()
         if not steps:
             raise UserError(f"no checkpoint in {self.folder}: train a model first")
-        # Before the first evaluation no checkpoint is best; the last one stands in.
+        # Before the first evaluation all are equally good, and Orbax takes the last one.
         best = self._manager.best_step() if which == "best" else None
         return steps[-1] if best is None else best
 
@@ -72,7 +79,7 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(**arrays, **{METADATA: ocp.args.JsonSave(metadata)}),
-            metrics=None if val_loss is None else {"val_loss": val_loss},
+            metrics={"val_loss": val_loss},
         )
 
     def metadata(self, step: int) -> dict[str, Any]:
@@ -102,5 +109,6 @@ class Checkpoints:
         self._manager.close()
 
 
-def _quality(metrics: dict[str, float]) -> float:
-    return -metrics["val_loss"]
+def _quality(metrics: dict[str, float | None]) -> float:
+    val_loss = metrics["val_loss"]
+    return -math.inf if val_loss is None else -val_loss

@@ -129,7 +129,9 @@ class TrainConfig:
 
     steps: int = 5000
     batch_size: int = 64  # B: windows in one update
-    accumulate: int = 1  # micro-batches that one update is split into: less memory, more time
+    # Micro-batches that one update is worked through in; 0: one on a GPU or TPU, and on a CPU as many
+    # as leave about 1,024 tokens to each, which takes less memory and, thanks to its caches, less time.
+    accumulate: int = 0
     eval_every: int = 250  # steps between evaluations of the whole validation split
     log_every: int = 10  # steps between lines of metrics.jsonl
     save_minutes: float = 5.0  # a checkpoint at least this often, beside those at evaluations
@@ -137,12 +139,9 @@ class TrainConfig:
     tensorboard: bool = False  # also write TensorBoard events: pip install -e '.[tensorboard]'
 
     def __post_init__(self) -> None:
-        _positive(
-            self, "train", "steps", "batch_size", "accumulate", "eval_every", "log_every",
-            "save_minutes",
-        )  # fmt: skip
-        _not_negative(self, "train", "sample_length")
-        if self.batch_size % self.accumulate:
+        _positive(self, "train", "steps", "batch_size", "eval_every", "log_every", "save_minutes")
+        _not_negative(self, "train", "accumulate", "sample_length")
+        if self.accumulate and self.batch_size % self.accumulate:
             raise UserError(
                 f"train.batch_size = {self.batch_size} cannot be split into train.accumulate = "
                 f"{self.accumulate} equal micro-batches"
@@ -181,7 +180,7 @@ class Config:
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} is longer than the run: "
                 f"train.steps = {self.train.steps}"
             )
-        micro_batch = self.train.batch_size // self.train.accumulate
+        micro_batch = self.train.batch_size // max(self.train.accumulate, 1)
         shards = max(self.mesh.data, 1) * self.mesh.fsdp
         _divides(shards, "mesh.data x mesh.fsdp", micro_batch, "windows of a (micro-)batch")
         _divides(self.mesh.fsdp, "mesh.fsdp", self.model.d_model, "channels of model.d_model")

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gpt_jax.batches import micro_batch_size
 from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.config import ARTIFACTS, Config, MeshConfig
 from gpt_jax.errors import UserError
@@ -123,8 +124,8 @@ class Run:
 
     @cached_property
     def _loss_of_tokens(self) -> LossOfTokens:
-        train = self.config.train
-        return make_loss_of_tokens(self.model, train.batch_size // train.accumulate)
+        batch_size = micro_batch_size(self.config.train, self.config.model.context, n_shards=1)
+        return make_loss_of_tokens(self.model, batch_size)
 
     @property
     def _line_end(self) -> str:
@@ -147,7 +148,7 @@ def load(workdir: str | Path, which: str = "best") -> Run:
         raise UserError(f"which = {which!r} must be 'best' or 'last'")
     if not has_checkpoint(workdir):
         raise UserError(f"no trained run in {workdir}: {_HOW_TO_TRAIN}")
-    checkpoints = Checkpoints(checkpoint_folder(workdir))
+    checkpoints = Checkpoints(checkpoint_folder(workdir), read_only=True)
     try:
         step = checkpoints.find(which)
         metadata = checkpoints.metadata(step)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from gpt_jax.batches import train_batch
+from gpt_jax.batches import micro_batch_size, train_batch
 from gpt_jax.config import Config
 from gpt_jax.loss import batch_loss
 from gpt_jax.model import GPT, Params
@@ -74,16 +74,18 @@ def make_train_steps(
         goes in is consumed. Metrics are float32 [M], the first `n_steps` of them set: "loss" (nats a
         token, of the batch before its update) and "grad_norm" (global, before clipping).
     """
-    train = config.train
+    train, context = config.train, config.model.context
+    n_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    accumulate = train.batch_size // micro_batch_size(train, context, n_shards)
     batch_key = stream(config.seed, BATCH_STREAM)
     dropout_stream = stream(config.seed, DROPOUT_STREAM)
 
     def train_step(state: TrainState, tokens_N: jax.Array) -> tuple[TrainState, Metrics]:
-        batch = train_batch(batch_key, state.step, tokens_N, train.batch_size, config.model.context)
+        batch = train_batch(batch_key, state.step, tokens_N, train.batch_size, context)
         inputs_BxT, targets_BxT = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
         dropout_key = jax.random.fold_in(dropout_stream, state.step)
         loss, gradient = loss_and_gradient(
-            state.params, model, inputs_BxT, targets_BxT, dropout_key, train.accumulate
+            state.params, model, inputs_BxT, targets_BxT, dropout_key, accumulate
         )
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from gpt_jax.backend import check_backend
+from gpt_jax.batches import micro_batch_size
 from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.config import Config, flatten
 from gpt_jax.corpus import Corpus, load_corpus
@@ -207,8 +208,11 @@ class _Trainer:
     ) -> None:
         train = self.config.train
         tokens_per_step = train.batch_size * self.config.model.context
+        n_shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         loss_of_tokens = make_loss_of_tokens(
-            self.model, train.batch_size // train.accumulate, batch_sharding(self.mesh)
+            self.model,
+            micro_batch_size(train, self.config.model.context, n_shards),
+            batch_sharding(self.mesh),
         )
         steps_per_call, calls = 1, 0
         saved_at = time.monotonic()

@@ -49,16 +49,19 @@ def write_samples(
         prompt, _ = read_text(prompt_file)
     print(f"{workdir}, {which} checkpoint, step {run.step:,}", file=sys.stderr)
 
-    samples = [prompt] * num_samples
     pieces = run.stream(prompt, length, rules, num_samples=num_samples, seed=seed, window=window)
-    shown = len(prompt) + show
     print(prompt, end="", flush=True)
+    grown: list[list[str]] = [[prompt] for _ in range(num_samples)]
+    to_show = max(show, 0)
     begun = time.monotonic()
     for texts in pieces:
-        print(texts[0][: max(shown - len(samples[0]), 0)], end="", flush=True)
-        samples = [sample + text for sample, text in zip(samples, texts, strict=True)]
-    seconds = time.monotonic() - begun
-    print("" if len(samples[0]) <= shown else " ...", flush=True)
+        print(texts[0][:to_show], end="", flush=True)
+        to_show = max(to_show - len(texts[0]), 0)
+        for sample, text in zip(grown, texts, strict=True):
+            sample.append(text)
+    seconds = max(time.monotonic() - begun, 1e-9)
+    print("" if length <= show else " ...", flush=True)
+    samples = ["".join(sample) for sample in grown]
 
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.batches import eval_windows, train_batch
-from gpt_jax.config import ARTIFACTS
+from gpt_jax.batches import eval_windows, micro_batch_size, train_batch
+from gpt_jax.config import ARTIFACTS, TrainConfig
 from gpt_jax.corpus import load_corpus
 from gpt_jax.errors import UserError
 from gpt_jax.tokenizer import CharTokenizer
@@ -102,6 +102,21 @@ def test_a_batch_is_a_pure_function_of_key_and_step():
     assert (inputs == again).all()
     assert (inputs != batch(key, 6, tokens, 16, 8)[0]).any()
     assert (inputs != batch(jax.random.key(1), 5, tokens, 16, 8)[0]).any()
+
+
+@pytest.mark.parametrize(
+    "batch_size, accumulate, context, n_shards, wanted",
+    [(64, 0, 256, 1, 4), (8, 0, 256, 1, 4), (8, 0, 32, 1, 8), (6, 0, 256, 1, 3), (64, 16, 64, 1, 4),
+     (8, 0, 4096, 1, 1), (64, 0, 256, 8, 32), (24, 0, 1024, 4, 4), (7, 0, 256, 1, 1)],
+)  # fmt: skip
+def test_micro_batches_on_a_cpu(batch_size, accumulate, context, n_shards, wanted):
+    train = TrainConfig(batch_size=batch_size, accumulate=accumulate)
+    assert micro_batch_size(train, context, n_shards) == wanted
+
+
+def test_a_batch_that_devices_cannot_share_is_named():
+    with pytest.raises(UserError, match="leaves 6 windows, which 8 devices cannot share equally"):
+        micro_batch_size(TrainConfig(batch_size=6), 16, n_shards=8)
 
 
 def test_training_windows_reach_both_ends():
