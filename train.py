@@ -40,7 +40,12 @@ def parse(argv: list[str]) -> tuple[Path, Config]:
         values = flags.FLAGS.config and flags.FLAGS.config.to_dict()
     except Exception as error:  # absl, ml_collections and config files raise all sorts
         what = "unknown setting " if isinstance(error, KeyError | AttributeError) else ""
-        text = str(error.args[0] if error.args else repr(error)).replace(r"\n", " ").replace("\\'", "'")
+        text = (
+            str(error.args[0] if error.args else repr(error))
+            .replace(r"\n", " ")
+            .replace("\\'", "'")
+            .strip("'")
+        )
         if "No such file" in text:
             what = "no config file there: try --config configs/shakespeare_cpu.py; "
         raise UserError(what + " ".join(text.split())) from None

@@ -19,20 +19,20 @@ class Checkpoints:
     Saving goes on in the background; `close` waits for it.
     """
 
-    def __init__(self, folder: Path, read_only: bool = False):
+    def __init__(self, folder: Path, clean: bool):
         """Open `folder`, which need not exist before the first save.
 
         Args:
             folder: holds a folder for each step.
-            read_only: leave everything as it is; a run that is training may be read beside it.
+            clean: remove what a kill left half written. Only for who trains: another process would
+                take a save that is under way for a leftover.
         """
         self.folder = folder.absolute()  # Orbax wants absolute paths
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 create=False,
-                read_only=read_only,
-                cleanup_tmp_directories=not read_only,  # leftovers of a kill
+                cleanup_tmp_directories=clean,
                 best_fn=_quality,
                 best_mode="max",
                 preservation_policy=policies.AnyPreservationPolicy(
@@ -110,5 +110,6 @@ class Checkpoints:
 
 
 def _quality(metrics: dict[str, float | None]) -> float:
+    """What "best" is the highest of; no candidate are checkpoints without a loss, or with NaN for one."""
     val_loss = metrics["val_loss"]
-    return -math.inf if val_loss is None else -val_loss
+    return -val_loss if val_loss is not None and math.isfinite(val_loss) else -math.inf

@@ -23,7 +23,7 @@ ARTIFACTS = REPOSITORY / "artifacts"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder-only transformer. The defaults are GPT-2's."""
+    """The shape of a decoder-only transformer. The defaults are GPT-2's, without biases and dropout."""
 
     n_layer: int = 6
     n_head: int = 6
@@ -108,7 +108,7 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.99
     eps: float = 1e-8
-    weight_decay: float = 0.1  # decoupled, on matrices only
+    weight_decay: float = 0.1  # decoupled; adamw: on all matrices, muon: on those of the blocks
     clip_norm: float = 1.0  # largest global norm of the gradient; 0: no clipping
     ema_decay: float = 0.0  # of an exponential moving average of the parameters; 0: none kept
     muon_learning_rate: float = 0.02  # muon: peak for the blocks' matrices; the rest is AdamW's
@@ -131,6 +131,7 @@ class TrainConfig:
     batch_size: int = 64  # B: windows in one update
     # Micro-batches that one update is worked through in; 0: one on a GPU or TPU, and on a CPU as many
     # as leave about 1,024 tokens to each, which takes less memory and, thanks to its caches, less time.
+    # A run keeps the number that it began with: each micro-batch has dropout masks of its own.
     accumulate: int = 0
     eval_every: int = 250  # steps between evaluations of the whole validation split
     log_every: int = 10  # steps between lines of metrics.jsonl
@@ -163,7 +164,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run. What two runs share here, they compute alike."""
+    """All settings of a run."""
 
     seed: int = 1337
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -1,6 +1,7 @@
 """Where the numbers of a run go: the terminal, `metrics.jsonl`, `loss.png`, TensorBoard."""
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -46,6 +47,11 @@ def read_metrics(path: Path) -> list[Record]:
     return records
 
 
+def best_record(validated: list[Record]) -> Record:
+    """Of records with a "val_loss" the one with the lowest; NaN counts as the highest."""
+    return min(validated, key=lambda r: r["val_loss"] if math.isfinite(r["val_loss"]) else math.inf)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a file so that a reader, or a kill, finds the old one or the new one, never half."""
     temporary = path.with_name(path.name + ".tmp")
@@ -63,17 +69,21 @@ class TensorBoard:
             raise UserError(
                 "train.tensorboard = True needs a package that is missing: pip install -e '.[tensorboard]'"
             ) from None
-        self._writer = SummaryWriter(str(folder))
+        # The folder comes into being with the first number, not before the settings are checked.
+        self._make_writer = lambda: SummaryWriter(str(folder))
+        self._writer: Any = None
 
     def write(self, record: Record) -> None:
         """Write every number of a record at its step."""
+        self._writer = self._writer or self._make_writer()
         for name, value in record.items():
             if name != "step":
                 self._writer.add_scalar(name, value, int(record["step"]))
 
     def close(self) -> None:
         """Flush and close."""
-        self._writer.close()
+        if self._writer:
+            self._writer.close()
 
 
 class Terminal:
@@ -150,7 +160,7 @@ def plot_losses(metrics: Path, picture: Path, title: str) -> None:
         steps, losses = [row["step"] for row in rows], [row[key] for row in rows]
         axes.plot(steps, losses, label=label, color=color, marker=marker, markersize=4)
     if validated:
-        best = min(validated, key=lambda record: record["val_loss"])
+        best = best_record(validated)
         axes.axhline(best["val_loss"], color="tab:orange", linewidth=0.8, linestyle=":")
         title += f": best validation loss {best['val_loss']:.4f} at step {best['step']:,.0f}"
     axes.set(xlabel="step", ylabel="loss, nats per character", title=title)

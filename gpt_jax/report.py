@@ -9,7 +9,7 @@ import numpy as np
 from gpt_jax.backend import describe_devices
 from gpt_jax.config import ARTIFACTS, REPOSITORY, Config
 from gpt_jax.corpus import Corpus
-from gpt_jax.metrics import Record, show_time
+from gpt_jax.metrics import Record, best_record, show_time
 from gpt_jax.model import compute_dtype
 
 LONG_ON_A_CPU = 30 * 60  # seconds; whoever waits longer should know of the small recipe
@@ -41,10 +41,10 @@ def promise_time(seconds_left: float) -> str:
 
 
 def describe_evaluation(record: Record) -> str:
-    """One line of losses."""
+    """One line of losses. The training loss is that of the newest batches, with dropout on."""
     train_loss, val_loss = record["train_loss"], record["val_loss"]
     return (
-        f"step {record['step']:,}: training loss {train_loss:.4f}, validation loss {val_loss:.4f} "
+        f"step {record['step']:,}: training batches {train_loss:.4f}, whole validation split {val_loss:.4f} "
         f"({record['val_bpc']:.3f} bits per character), gap {val_loss - train_loss:+.4f}, "
         f"{show_time(record['seconds'])}"
     )
@@ -53,7 +53,7 @@ def describe_evaluation(record: Record) -> str:
 def describe_end(records: list[Record], workdir: Path) -> str:
     """The last line of a finished run, from its metrics."""
     validated = [record for record in records if "val_loss" in record]
-    last, best = validated[-1], min(validated, key=lambda record: record["val_loss"])
+    last, best = validated[-1], best_record(validated)
     return (
         f"done in {show_time(last['seconds'])}: validation loss {last['val_loss']:.4f}, best "
         f"{best['val_loss']:.4f} at step {best['step']:,}. To sample: {sample_command(workdir)}"

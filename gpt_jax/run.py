@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,11 @@ from gpt_jax.config import ARTIFACTS, Config, MeshConfig
 from gpt_jax.errors import UserError
 from gpt_jax.loss import LossOfTokens, make_loss_of_tokens
 from gpt_jax.model import GPT, Params, unstack_layers
-from gpt_jax.optimizer import make_optimizer
 from gpt_jax.sampler import generate_tokens
 from gpt_jax.sampling import SamplingRules, make_rules
 from gpt_jax.sharding import make_mesh
 from gpt_jax.tokenizer import CharTokenizer
-from gpt_jax.train_state import abstract_state
+from gpt_jax.train_state import abstract_params
 from gpt_jax.train_step import SAMPLE_STREAM, stream
 
 WINDOWS = ("half", "exact")
@@ -48,7 +47,7 @@ class Run:
 
     def generate(
         self,
-        prompt: str = "\n",
+        prompt: str = "",
         length: int = 500,
         *,
         seed: int = 0,
@@ -109,8 +108,7 @@ class Run:
         if not 0 < len(text) <= context:
             raise UserError(f"text of {len(text):,} characters must have 1 to {context} (the context)")
         tokens_1xT = self.tokenizer.encode(text)[None]
-        logits_1xTxV, _ = jax.jit(self.model.apply)({"params": self.params}, tokens_1xT)
-        return np.asarray(logits_1xTxV[0])
+        return np.asarray(_logits(self.model, self.params, tokens_1xT)[0])
 
     def loss(self, text: str) -> float:
         """Nats per character of a text, by the headline protocol (`gpt_jax.loss`).
@@ -133,6 +131,11 @@ class Run:
         return "\n" if "\n" in characters else characters[0]
 
 
+@partial(jax.jit, static_argnums=0)
+def _logits(model: GPT, params: Params, tokens_BxT: np.ndarray) -> jax.Array:
+    return model.apply({"params": params}, tokens_BxT)[0]
+
+
 def load(workdir: str | Path, which: str = "best") -> Run:
     """Read the model of a run.
 
@@ -148,23 +151,17 @@ def load(workdir: str | Path, which: str = "best") -> Run:
         raise UserError(f"which = {which!r} must be 'best' or 'last'")
     if not has_checkpoint(workdir):
         raise UserError(f"no trained run in {workdir}: {_HOW_TO_TRAIN}")
-    checkpoints = Checkpoints(checkpoint_folder(workdir), read_only=True)
+    checkpoints = Checkpoints(checkpoint_folder(workdir), clean=False)
     try:
         step = checkpoints.find(which)
         metadata = checkpoints.metadata(step)
         config = Config.from_dict(metadata["config"])
         tokenizer = CharTokenizer.from_json(metadata["tokenizer"])
-        keep_ema = config.optimizer.ema_decay > 0
         # One device samples, whatever the mesh was that trained.
         mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        target = abstract_state(
-            GPT(config.model, tokenizer.vocab_size),
-            make_optimizer(config.optimizer, config.train.steps),
-            keep_ema,
-            mesh,
-        )
-        item = "ema_params" if keep_ema else "params"
-        params = checkpoints.restore(step, {item: target.params})[item]
+        target = abstract_params(GPT(config.model, tokenizer.vocab_size), mesh)
+        item = "ema_params" if config.optimizer.ema_decay > 0 else "params"
+        params = checkpoints.restore(step, {item: target})[item]
     finally:
         checkpoints.close()
     model = GPT(config.model, tokenizer.vocab_size, stacked=False)

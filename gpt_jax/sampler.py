@@ -90,8 +90,9 @@ def _half_pieces(
     half = max(context // 2, 1)
     filled = n - window_start(n, context)
     # Two shapes are compiled, not one for each length: half a context, and a whole one.
-    window_BxW = np.zeros((len(recent_BxR), half if filled <= half else context), np.int32)
-    window_BxW[:, :filled] = recent_BxR[:, -filled:]
+    rows = len(recent_BxR)
+    window_BxW = np.zeros((max(rows, _least_rows()), half if filled <= half else context), np.int32)
+    window_BxW[:rows, :filled] = recent_BxR[:, -filled:]
     logits_BxV, cache = prefill(model, params, window_BxW, np.int32(filled))
 
     room = context + 1 - filled  # tokens to predict before the window is too long
@@ -102,7 +103,7 @@ def _half_pieces(
             model, chunk, params, logits_BxV, cache, rules, key, np.int32(n + done)
         )
         # What a last chunk draws beyond its room is thrown away.
-        yield np.asarray(drawn_BxC)[:, : room - done]
+        yield np.asarray(drawn_BxC)[:rows, : room - done]
 
 
 def _exact_pieces(
@@ -186,6 +187,11 @@ def decode_exact(
 
 def _read(model: GPT, params: Params, tokens_BxT: jax.Array, cache: Cache) -> tuple[jax.Array, Any]:
     return model.apply({"params": params}, tokens_BxT, cache)
+
+
+def _least_rows() -> int:
+    """XLA of jax 0.9 multiplies one row by a matrix on a CPU four to eight times slower than two rows."""
+    return 2 if jax.default_backend() == "cpu" and jax.__version_info__ < (0, 10) else 1
 
 
 def _keys(key: jax.Array, index: jax.Array, batch_size: int) -> jax.Array:

@@ -51,7 +51,12 @@ def make_rules(
         raise UserError(f"min_p = {min_p} must lie in [0, 1]")
     if greedy or temperature == 0:
         return SamplingRules(greedy=True)
-    return SamplingRules(temperature, top_k, top_p, min_p)
+    return SamplingRules(
+        temperature=max(temperature, 1e-30),  # smaller ones are 0 in float32
+        top_k=None if top_k is None else min(top_k, 2**31 - 1),
+        top_p=None if top_p == 1 else top_p,  # 1 keeps all, but a rounded sum might not reach it
+        min_p=min_p,
+    )
 
 
 def apply_rules(logits_V: jax.Array, rules: SamplingRules) -> jax.Array:
@@ -61,7 +66,7 @@ def apply_rules(logits_V: jax.Array, rules: SamplingRules) -> jax.Array:
     fate: at the edge of top-k and top-p all of them stay.
     """
     if rules.temperature is not None:
-        logits_V = logits_V / rules.temperature
+        logits_V = (logits_V - jnp.max(logits_V)) / rules.temperature  # the largest must not overflow
     if rules.top_k is not None:
         k = jnp.minimum(rules.top_k, logits_V.size)
         kth = jnp.sort(logits_V, descending=True)[k - 1]

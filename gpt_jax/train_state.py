@@ -39,19 +39,23 @@ def init_params(model: GPT, key: jax.Array) -> Params:
     return model.init(key, jnp.zeros((1, model.config.context), jnp.int32))["params"]
 
 
+def abstract_params(model: GPT, mesh: Mesh) -> Params:
+    """Shapes, types and shardings of the parameters, without making them."""
+    boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    return jax.tree.map(_with_sharding, nn.unbox(boxed), param_shardings(mesh, boxed))
+
+
 def abstract_state(
     model: GPT, optimizer: optax.GradientTransformation, keep_ema: bool, mesh: Mesh
 ) -> TrainState:
     """Shapes, types and shardings of the state, without making it: a target to restore to."""
-    boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    shardings = param_shardings(mesh, boxed)
-    params = jax.tree.map(_with_sharding, nn.unbox(boxed), shardings)
+    params = abstract_params(model, mesh)
     # A moment of a parameter lies where the parameter does; counters lie everywhere.
     opt_state = optax.tree.map_params(
         optimizer,
         _with_sharding,
         jax.eval_shape(optimizer.init, params),
-        shardings,
+        jax.tree.map(lambda leaf: leaf.sharding, params),
         transform_non_params=lambda leaf: _with_sharding(leaf, replicated(mesh)),
         is_leaf=_is_masked,
     )

@@ -4,6 +4,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,9 @@ from gpt_jax.train_step import INIT_STREAM, SAMPLE_STREAM, TrainSteps, make_trai
 MAX_STEPS_PER_CALL = 100
 SECONDS_PER_CALL = 1.0  # about how long the program is deaf to Ctrl-C, and the bar stands still
 
-# Settings that a resumed run may change: none of them decides what a step computes (train.steps does
-# through the schedule, but asking for a longer run is what it is for; data is held by its fingerprint).
+# Settings that a resumed run may change: they move a step by rounding at most. Exceptions are asked for:
+# train.steps stretches the schedule, and train.accumulate draws other dropout masks. The text behind
+# data.path is held by its fingerprint.
 SAFE_TO_CHANGE = (
     "data.path",
     "mesh.",
@@ -81,11 +83,14 @@ def train(config: Config, workdir: Path, started: float | None = None) -> int:
         UserError: the settings do not fit the text, the devices, or the run that is there.
     """
     started = time.monotonic() if started is None else started
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"workdir = {workdir} is not a folder: name one, it need not exist")
     check_backend()
     mesh = make_mesh(config.mesh)
     corpus = load_corpus(config.data.file, config.model.context, config.data.train_fraction)
-    checkpoints = Checkpoints(checkpoint_folder(workdir))
+    checkpoints = Checkpoints(checkpoint_folder(workdir), clean=True)
     try:
+        config = _settle(config, checkpoints, mesh)
         return _Trainer(config, workdir, started, mesh, corpus, checkpoints).run()
     finally:
         checkpoints.close()  # an asynchronous save is lost otherwise
@@ -131,11 +136,11 @@ class _Trainer:
         if first_step:
             print(f"resume  after step {first_step:,} of {steps:,}")
 
-        workdir.mkdir(parents=True, exist_ok=True)
-        replace_text(workdir / "config.json", config.to_json())
         sinks: list[MetricsFile | TensorBoard] = []
         if config.train.tensorboard:
             sinks.append(TensorBoard(workdir / "tensorboard"))
+        workdir.mkdir(parents=True, exist_ok=True)  # from here on, nothing is wrong with the settings
+        replace_text(workdir / "config.json", config.to_json())
         sinks.append(MetricsFile(workdir / "metrics.jsonl", first_step))
         with stop_signals() as stopped_by:
             tokens_N = jax.device_put(self.corpus.train, replicated(self.mesh))
@@ -147,9 +152,9 @@ class _Trainer:
                 terminal.close()
                 for sink in sinks:
                     sink.close()
-        self._plot()
-        self.checkpoints.wait()
-        stop = stopped_by()
+            self._plot()
+            self.checkpoints.wait()
+            stop = stopped_by()
         if self.step < steps and stop is not None:
             print(describe_stop(stop.name, self.step, steps, workdir))
             return 128 + stop
@@ -208,11 +213,8 @@ class _Trainer:
     ) -> None:
         train = self.config.train
         tokens_per_step = train.batch_size * self.config.model.context
-        n_shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         loss_of_tokens = make_loss_of_tokens(
-            self.model,
-            micro_batch_size(train, self.config.model.context, n_shards),
-            batch_sharding(self.mesh),
+            self.model, train.batch_size // train.accumulate, batch_sharding(self.mesh)
         )
         steps_per_call, calls = 1, 0
         saved_at = time.monotonic()
@@ -306,6 +308,24 @@ class _Trainer:
 
     def _plot(self) -> None:
         plot_losses(self.workdir / "metrics.jsonl", self.workdir / "loss.png", title=self.workdir.name)
+
+
+def _settle(config: Config, checkpoints: Checkpoints, mesh: jax.sharding.Mesh) -> Config:
+    """Settle what the settings leave open, so that a checkpoint says what was done.
+
+    Raises:
+        UserError: the devices cannot share a batch.
+    """
+    train = config.train
+    if not train.accumulate and checkpoints.steps():
+        saved = checkpoints.metadata(checkpoints.find("last"))
+        train = replace(train, accumulate=saved["config"]["train"]["accumulate"])
+    n_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    size = micro_batch_size(train, config.model.context, n_shards)
+    train = replace(train, accumulate=train.batch_size // size)
+    # Wherever the run is read again from, its text is where it is now.
+    path = str(config.data.file) if config.data.path else ""
+    return replace(config, train=train, data=replace(config.data, path=path))
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from gpt_jax.corpus import read_text
+from gpt_jax.errors import UserError
 from gpt_jax.run import load, newest_run
 from gpt_jax.sampling import SamplingRules
 
@@ -41,35 +42,43 @@ def write_samples(
         out: the file, written whole at the end.
 
     Raises:
-        UserError: an argument out of its range, unknown characters, or no trained run.
+        UserError: an argument out of its range, unknown characters, no trained run, or a folder as `out`.
     """
     workdir = newest_run() if workdir is None else workdir
     run = load(workdir, which)
     if prompt_file is not None:
         prompt, _ = read_text(prompt_file)
-    print(f"{workdir}, {which} checkpoint, step {run.step:,}", file=sys.stderr)
-
     pieces = run.stream(prompt, length, rules, num_samples=num_samples, seed=seed, window=window)
+    if out.is_dir():
+        raise UserError(f"out = {out} is a folder: name a file in it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+    print(f"{workdir}, {which} checkpoint, step {run.step:,}", file=sys.stderr)
     print(prompt, end="", flush=True)
     grown: list[list[str]] = [[prompt] for _ in range(num_samples)]
     to_show = max(show, 0)
     begun = time.monotonic()
-    for texts in pieces:
-        print(texts[0][:to_show], end="", flush=True)
-        to_show = max(to_show - len(texts[0]), 0)
-        for sample, text in zip(grown, texts, strict=True):
-            sample.append(text)
+    stopped = False
+    try:
+        for texts in pieces:
+            print(texts[0][:to_show], end="", flush=True)
+            to_show = max(to_show - len(texts[0]), 0)
+            for sample, text in zip(grown, texts, strict=True):
+                sample.append(text)
+    except KeyboardInterrupt:
+        stopped = True  # what there is gets written
     seconds = max(time.monotonic() - begun, 1e-9)
     print("" if length <= show else " ...", flush=True)
     samples = ["".join(sample) for sample in grown]
 
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
     temporary.write_text(SEPARATOR.join(samples), encoding="utf-8", newline="")
     os.replace(temporary, out)
-    count = num_samples * length
+    count = sum(map(len, samples)) - num_samples * len(prompt)
     print(
         f"{count:,} characters in {seconds:.1f} s ({count / seconds:,.0f} a second, compilation "
         f"counted), written to {out}",
         file=sys.stderr,
     )
+    if stopped:
+        raise KeyboardInterrupt

@@ -5,6 +5,7 @@ core; with a worker for each core the machine is busy all the same.
 """
 
 import os
+import tempfile
 from functools import partial
 
 # Most of the time goes into compiling small programs: XLA need not try hard here. The tests that run
@@ -25,8 +26,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config):
-    """Pin this process to one core, unless it is the one that only hands out work."""
+    """Pin this process to one core, unless it is the one that only hands out work; share what is compiled.
+
+    Many tests train the same small model: each program is compiled once, and then read from a folder.
+    """
     worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is None:
+        cache = tempfile.TemporaryDirectory()
+        config.add_cleanup(cache.cleanup)
+        os.environ["GPT_JAX_TEST_CACHE"] = cache.name
+    jax.config.update("jax_compilation_cache_dir", os.environ["GPT_JAX_TEST_CACHE"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     if (worker or not config.getoption("numprocesses", None)) and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int((worker or "gw0")[2:]) % len(cores)]})

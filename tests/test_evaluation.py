@@ -121,7 +121,7 @@ def test_what_a_run_leaves(trained):
         if "val_loss" in record:
             assert record["val_bpc"] == pytest.approx(record["val_loss"] / np.log(2))
     samples = (trained / "run" / "samples.txt").read_text(encoding="utf-8")
-    assert "--- step 60: training loss" in samples and "--- step 120: training loss" in samples
+    assert "--- step 60: training batches" in samples and "--- step 120: training batches" in samples
 
 
 def test_evaluating_on_a_changed_text_is_refused(trained, tmp_path):

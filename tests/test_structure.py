@@ -18,7 +18,10 @@ def imports(path):
     """The modules of the package that a file imports, at any depth of its code."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module:
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("gpt_jax") for alias in node.names), path
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"a relative import in {path}"
             if node.module.startswith("gpt_jax."):
                 found.add(node.module.split(".")[1])
             elif node.module == "gpt_jax":
