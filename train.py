@@ -8,6 +8,7 @@ import time
 
 STARTED = time.monotonic()  # the seconds of a run count from here, imports included
 
+import re  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -40,15 +41,10 @@ def parse(argv: list[str]) -> tuple[Path, Config]:
         values = flags.FLAGS.config and flags.FLAGS.config.to_dict()
     except Exception as error:  # absl, ml_collections and config files raise all sorts
         what = "unknown setting " if isinstance(error, KeyError | AttributeError) else ""
-        text = (
-            str(error.args[0] if error.args else repr(error))
-            .replace(r"\n", " ")
-            .replace("\\'", "'")
-            .strip("'")
-        )
+        text = str(error.args[0] if error.args else repr(error)).replace(r"\n", " ")
         if "No such file" in text:
             what = "no config file there: try --config configs/shakespeare_cpu.py; "
-        raise UserError(what + " ".join(text.split())) from None
+        raise UserError(what + " ".join(re.sub(r"[\\']", "", text).split())) from None
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: flags begin with --")
     if values is None:

@@ -56,7 +56,7 @@ def workdir(repository, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     for text in (
         "device ", "parameters: 1 layers, 2 heads, width 32, context 32",
-        "1,003,854 characters train, 111,540 validate, 65 distinct", "run     ", "step 40: training loss",
+        "1,003,854 characters train, 111,540 validate, 65 distinct", "run     ", "step 40: training batches",
         "whole validation split ", "gap ", "done in ", "To sample: python sample.py\n",
     ):  # fmt: skip
         assert text in done.stdout, text
@@ -125,7 +125,7 @@ def test_overrides_reach_the_run(tmp_path):
     [
         ((), "--config is missing: try --config configs/shakespeare_cpu.py"),
         (("--config", "nowhere.py"), "nowhere.py"),
-        ((*SMOKE, "--config.model.n_layers=3"), 'unknown setting n_layers\' Did you mean "n_layer"'),
+        ((*SMOKE, "--config.model.n_layers=3"), 'unknown setting n_layers Did you mean "n_layer"'),
         ((*SMOKE, "--config.model.n_layer=three"), "three"),
         ((*SMOKE, "--config.model.n_head=5"), "model.d_model = 32 cannot be divided"),
         (
