@@ -1,7 +1,7 @@
 """Train a GPT: python train.py --config configs/shakespeare_cpu.py
 
-Every setting of a config can be overridden: --config.model.n_layer=4. The run goes to
-artifacts/<name of the config>/, or to --workdir. The same command again resumes it.
+Every setting of a config can be overridden: --config.model.n_layer=4. The run goes to artifacts/<name of the
+config>/, or to --workdir. The same command again resumes it. --deterministic: repeatable to the bit, slower.
 """
 
 import time
@@ -15,12 +15,14 @@ from pathlib import Path  # noqa: E402
 from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
+from gpt_jax.backend import make_deterministic  # noqa: E402
 from gpt_jax.config import ARTIFACTS, Config  # noqa: E402
 from gpt_jax.errors import UserError, run_main  # noqa: E402
 from gpt_jax.trainer import train  # noqa: E402
 
 config_flags.DEFINE_config_file("config", help_string="A config file, such as configs/smoke.py.")
 flags.DEFINE_string("workdir", None, "Where the run goes.")
+flags.DEFINE_bool("deterministic", False, "Repeatable bit for bit: one CPU thread, no unordered GPU sums.")
 
 
 def main() -> int:
@@ -29,9 +31,10 @@ def main() -> int:
         print(f"{__doc__}{flags.FLAGS.main_module_help()}")
         return 0
     config_file, config = parse(sys.argv)
-    workdir = flags.FLAGS.workdir
-    default = ARTIFACTS / config_file.stem
-    return train(config, Path(workdir).expanduser() if workdir else default, STARTED)
+    if flags.FLAGS.deterministic:
+        make_deterministic()
+    workdir = Path(flags.FLAGS.workdir or ARTIFACTS / config_file.stem).expanduser()
+    return train(config, workdir, STARTED)
 
 
 def parse(argv: list[str]) -> tuple[Path, Config]:

@@ -1,5 +1,7 @@
 """What JAX runs on here, and whether it computes rightly."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +35,17 @@ def check_backend() -> None:
             f"({got_N[n]:.0f} for {n} squared): install another version, "
             f"pip install 'jax>=0.9.2,!=0.10.*,!=0.11.0,!=0.11.1'"
         )
+
+
+def make_deterministic() -> None:
+    """Make runs repeatable bit for bit, at the price of speed. Call it before JAX starts its backend.
+
+    A GPU gets no kernels whose sums depend on timing. A CPU gets one thread: a compiled program returns
+    other bits with another number of threads, and may with more than one (jax issue 39741).
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    os.environ["PJRT_NPROC"] = "1"  # threads of JAX's CPU client, and of nothing else
 
 
 def describe_devices() -> str:

@@ -1,91 +1,169 @@
-"""Checkpoints: Orbax behind one small face. Knows no model, only named trees of arrays."""
+"""Checkpoints: Orbax behind one small face. Knows no model, only named trees of arrays.
 
+Orbax stores arrays, in the background, and moves them between machines. What a run must be able to count
+on beyond that is added here: a checksum over every byte, a rename only after all of it is on the disk
+itself, and nothing older deleted before that.
+"""
+
+import json
+import logging
 import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
-from gpt_jax.errors import UserError
+from gpt_jax.errors import RunError, UserError
+from gpt_jax.integrity import DamagedError, seal, sync, verify
 
-METADATA = "metadata"  # the item that holds JSON; every other item holds arrays
+METADATA = "metadata.json"
+METADATA_BYTES = 2**26  # more is not read: no run has that much to say of itself
+T = TypeVar("T")
+UNFINISHED, DELETED, DAMAGED = ".unfinished", ".deleted", ".damaged"
+
+# Orbax logs a traceback for each error that it also raises; here, whoever catches it says it in a line.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
     """The checkpoints of one run: the last two, and the best by validation loss.
 
-    A checkpoint is a folder named by its step, with one item (arrays) for each tree and one of JSON.
-    Saving goes on in the background; `close` waits for it.
+    A checkpoint is a folder named by its step, with a folder of arrays for each tree, `metadata.json` and
+    checksums. It is written as `<step>.unfinished` in the background, and renamed when all of it is on
+    the disk. Only one process may save; others may read meanwhile.
     """
 
-    def __init__(self, folder: Path, clean: bool):
-        """Open `folder`, which need not exist before the first save.
-
-        Args:
-            folder: holds a folder for each step.
-            clean: remove what a kill left half written. Only for who trains: another process would
-                take a save that is under way for a leftover.
-        """
+    def __init__(self, folder: Path):
+        """Checkpoints in `folder`, which need not exist before the first save."""
         self.folder = folder.absolute()  # Orbax wants absolute paths
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                create=False,
-                cleanup_tmp_directories=clean,
-                best_fn=_quality,
-                best_mode="max",
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [
-                        policies.LatestN(2),
-                        policies.BestN(get_metric_fn=_quality, n=1),
-                    ]
-                ),
-            ),
-        )
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._background = ThreadPoolExecutor(1)
+        self._saving: Future[None] | None = None
 
     def steps(self) -> list[int]:
-        """The steps that have a whole checkpoint, rising."""
-        return sorted(self._manager.all_steps())
+        """The steps that have a checkpoint, rising."""
+        if not self.folder.is_dir():
+            return []
+        # A folder is named so only when it is whole; whether it still is, `verify` says.
+        return sorted(int(entry.name) for entry in self.folder.iterdir() if _is_step(entry.name))
 
-    def find(self, which: str) -> int:
-        """The step of the "last" or the "best" checkpoint.
+    def best_first(self) -> list[int]:
+        """The steps that have a checkpoint, from the lowest validation loss to the highest.
 
-        Raises:
-            UserError: there is none.
+        Those without a loss, or with one that is no number, come last, the newest of them first.
         """
-        steps = self.steps()
-        if not steps:
-            raise UserError(f"no checkpoint in {self.folder}: train a model first")
-        # Before the first evaluation all are equally good, and Orbax takes the last one.
-        best = self._manager.best_step() if which == "best" else None
-        return steps[-1] if best is None else best
+        return sorted(self.steps(), key=lambda step: (self._val_loss(step), -step))
 
-    def save(
-        self, step: int, items: dict[str, Any], metadata: dict[str, Any], val_loss: float | None
-    ) -> None:
-        """Begin to save; returns when the arrays may change again. A step once saved stays.
+    def save(self, step: int, items: dict[str, Any], metadata: dict[str, Any]) -> None:
+        """Begin to save; returns when the arrays may change again. A step once saved stays as it is.
 
         Args:
             step: updates done.
             items: trees of arrays by name.
-            metadata: anything that JSON can hold.
-            val_loss: what "best" goes by; None: this checkpoint is no candidate.
+            metadata: anything that JSON can hold; its "val_loss" is what "best" goes by, None where this
+                checkpoint is no candidate.
+
+        Raises:
+            RunError: this save cannot begin, or the one before it has failed.
         """
-        if step in self._manager.all_steps():
+        self.wait()
+        if step in self.steps():
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(**arrays, **{METADATA: ocp.args.JsonSave(metadata)}),
-            metrics={"val_loss": val_loss},
-        )
+        unfinished = self.folder / f"{step}{UNFINISHED}"
+        with self._failure_named(step):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._orbax.save(unfinished, args=ocp.args.Composite(**arrays))
+        self._saving = self._background.submit(self._finish, step, unfinished, json.dumps(metadata))
+
+    def wait(self) -> None:
+        """Wait until everything is on disk.
+
+        Raises:
+            RunError: the save under way has failed.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def close(self) -> None:
+        """Wait, and let go."""
+        try:
+            self.wait()
+        finally:
+            self._background.shutdown()
+            self._orbax.close()
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """What `save` was given as metadata."""
-        args = ocp.args.Composite(**{METADATA: ocp.args.JsonRestore()})
-        return self._manager.restore(step, args=args)[METADATA]
+        """What `save` was given as metadata.
+
+        Raises:
+            DamagedError: there is no such thing any more.
+        """
+        path = self.folder / str(step) / METADATA
+        try:
+            with path.open("rb") as file:
+                data = file.read(METADATA_BYTES + 1)
+            metadata = json.loads(data)
+        except (OSError, ValueError, RecursionError) as error:
+            raise DamagedError(f"{path}: {_one_line(error)}") from None
+        if len(data) > METADATA_BYTES or not isinstance(metadata, dict):
+            raise DamagedError(f"{path}: not the JSON of a checkpoint")
+        return metadata
+
+    def verify(self, step: int) -> None:
+        """Check every byte of a checkpoint, and that it is that of this step.
+
+        Raises:
+            DamagedError: a file is missing, changed or too many; it is named.
+        """
+        folder = self.folder / str(step)
+        try:
+            if folder.is_symlink():
+                raise DamagedError("a link, not a folder")
+            verify(folder)
+        except DamagedError as error:
+            raise DamagedError(f"checkpoint {folder} is damaged: {error}") from None
+
+    def first_good(self, steps: Callable[[], list[int]], read: Callable[[int], T]) -> tuple[T, list[int]]:
+        """Read the first checkpoint that is whole; say loudly which ones before it are not.
+
+        Args:
+            steps: those there are, in the order of preference; asked again after each failure, since
+                a training process may delete an old one at any time.
+            read: reads a verified one; a `DamagedError` from it counts as damage too.
+
+        Returns:
+            What `read` returned, and the steps that are damaged.
+
+        Raises:
+            RunError: none is whole, or there is none.
+        """
+        damaged: dict[int, DamagedError] = {}
+        gone: set[int] = set()
+        while untried := [step for step in steps() if step not in damaged.keys() | gone]:
+            step = untried[0]
+            try:
+                self.verify(step)
+                return read(step), list(damaged)
+            except DamagedError as error:
+                if step not in self.steps():
+                    gone.add(step)
+                    continue
+                damaged[step] = error
+                print(f"WARNING: {error}. Trying an older one.", file=sys.stderr, flush=True)
+        if not damaged:
+            raise RunError(f"no checkpoint in {self.folder}: train a model first")
+        raise RunError(
+            f"no checkpoint in {self.folder} is whole ({', '.join(map(str, damaged))} tried); nothing was "
+            f"changed there. Put a copy back, or start another run with another --workdir"
+        )
 
     def restore(self, step: int, targets: dict[str, Any]) -> dict[str, Any]:
         """Read items back.
@@ -93,23 +171,103 @@ class Checkpoints:
         Args:
             step: which checkpoint.
             targets: for each item a tree of `jax.ShapeDtypeStruct`; arrays come back in its shapes,
-                types and shardings, whatever they were when saved.
+                types and shardings, whatever shardings they were saved with.
+
+        Raises:
+            DamagedError: it cannot be read.
+            UserError: an array has another shape than its target.
         """
+        folder = self.folder / str(step)
+        for name, target in targets.items():
+            self._check_shapes(folder, name, target)
         arrays = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**arrays))
+        try:
+            restored = self._orbax.restore(folder, args=ocp.args.Composite(**arrays))
+        except Exception as error:  # Orbax and its store raise all sorts
+            raise DamagedError(f"checkpoint {folder} cannot be read: {_one_line(error)}") from None
         return {name: restored[name] for name in targets}
 
-    def wait(self) -> None:
-        """Wait until everything is on disk."""
-        self._manager.wait_until_finished()
+    def clean(self) -> None:
+        """Remove what a kill left half written or half deleted. Only for who saves."""
+        if self.folder.is_dir():
+            for entry in self.folder.iterdir():
+                if UNFINISHED in entry.name or entry.name.endswith(DELETED):
+                    shutil.rmtree(entry)
 
-    def close(self) -> None:
-        """Wait, and let go."""
-        self.wait()
-        self._manager.close()
+    def set_aside(self, step: int) -> Path:
+        """Rename a damaged checkpoint, so that it is kept but not taken for one; returns its new path."""
+        number = 1
+        while (aside := self.folder / f"{step}{DAMAGED}{number}").exists():
+            number += 1
+        (self.folder / str(step)).rename(aside)
+        sync(self.folder)
+        return aside
+
+    def _finish(self, step: int, unfinished: Path, metadata: str) -> None:
+        with self._failure_named(step):
+            self._orbax.wait_until_finished()
+            (unfinished / METADATA).write_text(metadata, encoding="utf-8")
+            seal(unfinished)
+            unfinished.rename(self.folder / str(step))
+            sync(self.folder)
+            self._delete_old()
+
+    def _delete_old(self) -> None:
+        keep = {*self.steps()[-2:], self.best_first()[0]}
+        for step in self.steps():
+            if step not in keep:
+                # Deleting takes many operations: under this name a kill between them leaves no half.
+                doomed = self.folder / f"{step}{DELETED}"
+                (self.folder / str(step)).rename(doomed)
+                shutil.rmtree(doomed)
+
+    def _val_loss(self, step: int) -> float:
+        """What "best" is the lowest of."""
+        try:
+            val_loss = self.metadata(step).get("val_loss")
+        except DamagedError:
+            return math.inf
+        if isinstance(val_loss, int | float) and math.isfinite(val_loss):
+            return float(val_loss)
+        return math.inf
+
+    def _check_shapes(self, folder: Path, name: str, target: Any) -> None:
+        try:
+            saved = ocp.StandardCheckpointHandler().metadata(folder / name).tree
+        except Exception as error:
+            raise DamagedError(f"checkpoint {folder} cannot be read: {_one_line(error)}") from None
+        shapes, wanted = _shapes(saved), _shapes(target)
+        for leaf in [*wanted, *(shapes.keys() - wanted.keys())]:
+            if shapes.get(leaf) != wanted.get(leaf):
+                raise UserError(
+                    f"checkpoint {folder} does not fit the model: {name}.{leaf} has shape "
+                    f"{shapes.get(leaf, 'none')} there, {wanted.get(leaf, 'none')} in the model"
+                )
+
+    @contextmanager
+    def _failure_named(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever it is, the run must not go on as if it were saved
+            kept = self.steps()[-1:]
+            raise RunError(
+                f"the checkpoint of step {step:,} could not be saved in {self.folder}: {_one_line(error)}; "
+                + (f"that of step {kept[0]:,} is kept" if kept else "there is none yet")
+            ) from error
 
 
-def _quality(metrics: dict[str, float | None]) -> float:
-    """What "best" is the highest of; no candidate are checkpoints without a loss, or with NaN for one."""
-    val_loss = metrics["val_loss"]
-    return -val_loss if val_loss is not None and math.isfinite(val_loss) else -math.inf
+def _is_step(name: str) -> bool:
+    return name.isascii() and name.isdecimal() and name == str(int(name[:18]))
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """`{"a.b": shape}` of a tree's leaves, whatever kinds of nodes it has."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

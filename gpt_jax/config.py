@@ -19,6 +19,7 @@ from gpt_jax.errors import UserError
 # Default paths lie in the repository, whatever folder the user stands in.
 REPOSITORY = Path(__file__).resolve().parent.parent
 ARTIFACTS = REPOSITORY / "artifacts"
+LARGEST = 2**32  # of whole numbers: no setting means anything beyond
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,15 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # decoupled; adamw: on all matrices, muon: on those of the blocks
     clip_norm: float = 1.0  # largest global norm of the gradient; 0: no clipping
+    # Leave out an update whose gradient norm is above this many times the median of the last 64; 0: never.
+    skip_above: float = 0.0
     ema_decay: float = 0.0  # of an exponential moving average of the parameters; 0: none kept
     muon_learning_rate: float = 0.02  # muon: peak for the blocks' matrices; the rest is AdamW's
     muon_momentum: float = 0.95
 
     def __post_init__(self) -> None:
         _positive(self, "optimizer", "learning_rate", "eps", "muon_learning_rate")
-        _not_negative(self, "optimizer", "warmup_steps", "weight_decay", "clip_norm")
+        _not_negative(self, "optimizer", "warmup_steps", "weight_decay", "clip_norm", "skip_above")
         _fraction(self, "optimizer", "b1", "b2", "ema_decay", "muon_momentum")
         for name in ("final_fraction", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
@@ -253,6 +256,8 @@ def _checked(value: Any, wanted: Any, name: str) -> Any:
             choices = ", ".join(map(repr, get_args(wanted)))
             raise UserError(f"{name} = {value!r} must be one of {choices}")
         return value
+    if type(value) is int and abs(value) > LARGEST:
+        raise UserError(f"{name} must lie within {LARGEST:,} of 0")
     if wanted is float and type(value) is int:
         value = float(value)
     if type(value) is not wanted:

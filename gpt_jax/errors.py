@@ -1,28 +1,39 @@
-"""Bad input ends in one line for the user, never in a traceback."""
+"""What goes wrong ends in one line, never in a traceback."""
 
 import sys
 from collections.abc import Callable
+
+from gpt_jax.output import steady_output
 
 
 class UserError(Exception):
     """Bad input: the message names the thing, its value and what would be right, in one line."""
 
 
+class RunError(Exception):
+    """A run cannot go on (the disk is full, the loss is NaN): one line that says what is still there."""
+
+
 def run_main(main: Callable[[], int | None]) -> int:
-    """Call `main`; turn a `UserError`, or a file that cannot be used, into one line on stderr.
+    """Call `main`; turn what goes wrong in a way that a user can mend into one line on stderr.
 
     Returns:
-        The exit status: what `main` returns (None is 0), 2 for bad input, 130 after Ctrl-C.
+        The exit status: what `main` returns (None is 0), 1 for a `RunError`, 2 for bad input or a file that
+        cannot be used, 130 after Ctrl-C.
     """
-    try:
-        return main() or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    return 2
+    with steady_output():
+        try:
+            return main() or 0
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+        except RunError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except OSError as error:
+            if error.filename is None:
+                raise
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            return 130
+        return 2

@@ -24,7 +24,7 @@ def evaluate(run: Run, text_file: Path | None = None) -> tuple[float, int]:
     else:
         data = run.config.data
         corpus = load_corpus(data.file, run.config.model.context, data.train_fraction)
-        if corpus.fingerprint != run.metadata["fingerprint"]:
+        if corpus.fingerprint != run.metadata.fingerprint:
             raise UserError(
                 f"{data.file} is not the text that this run was trained on, so its validation split is "
                 f"gone: give the old text back, or name a text with --text"

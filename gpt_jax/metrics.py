@@ -1,15 +1,20 @@
 """Where the numbers of a run go: the terminal, `metrics.jsonl`, `loss.png`, TensorBoard."""
 
+import contextlib
 import json
 import math
 import os
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from gpt_jax.errors import UserError
+from gpt_jax.integrity import write_durably
 
 Record = dict[str, float]
 
@@ -21,7 +26,7 @@ class MetricsFile:
         """Open to append after `first_step`; lines beyond it (of steps to be done again) go out."""
         self.path = path
         kept = [record for record in read_metrics(path) if record["step"] <= first_step]
-        replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_durably(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
@@ -29,34 +34,57 @@ class MetricsFile:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
+    def sync(self) -> None:
+        """Force what is written onto the disk itself."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The records of a `metrics.jsonl`; a last line torn by a kill is left out."""
+    """The records of a `metrics.jsonl`; lines that a kill tore or a disk spoiled are left out."""
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
     return records
+
+
+class SamplesFile:
+    """`samples.txt`: what the model wrote at each evaluation, under a line with its losses."""
+
+    def __init__(self, path: Path, first_step: int):
+        """Open to append after `first_step`; samples beyond it go out."""
+        self.path = path
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        kept = [
+            sample
+            for sample in re.split(r"^(?=--- step [\d,]+: )", text, flags=re.MULTILINE)
+            if (heading := re.match(r"--- step ([\d,]+)", sample))
+            and int(heading[1].replace(",", "")) <= first_step
+        ]
+        write_durably(path, "".join(kept))
+
+    def write(self, losses: str, sample: str) -> None:
+        """Append a sample; `losses` is a line that begins with "step 1,000: "."""
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            file.write(f"--- {losses}\n{sample}\n\n")
+
+
+def is_spike(loss: float, recent: Sequence[float]) -> bool:
+    """Whether a loss is half a nat, and six standard deviations, above the mean of those before it."""
+    return len(recent) >= 5 and loss > float(np.mean(recent)) + max(0.5, 6 * float(np.std(recent)))
 
 
 def best_record(validated: list[Record]) -> Record:
     """Of records with a "val_loss" the one with the lowest; NaN counts as the highest."""
     return min(validated, key=lambda r: r["val_loss"] if math.isfinite(r["val_loss"]) else math.inf)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a kill, finds the old one or the new one, never half."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 class TensorBoard:
@@ -79,6 +107,11 @@ class TensorBoard:
         for name, value in record.items():
             if name != "step":
                 self._writer.add_scalar(name, value, int(record["step"]))
+
+    def sync(self) -> None:
+        """Hand what is written to the system."""
+        if self._writer:
+            self._writer.flush()
 
     def close(self) -> None:
         """Flush and close."""

@@ -1,8 +1,9 @@
 """The learning-rate schedule and the optimizer, composed from optax's parts."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
@@ -17,6 +18,10 @@ _MUON_AXES = {
     "up": MuonDimensionNumbers(reduction_axis=1, output_axis=3),  # [L, D, G, F]
     "down": MuonDimensionNumbers(reduction_axis=1, output_axis=2),  # [L, F, D]
 }
+
+
+MEDIAN_OF = 64  # gradient norms that a new one is compared with
+LEAST_NORMS = 16  # fewer are not enough to judge by
 
 
 def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
@@ -66,7 +71,48 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
                 muon_weight_dimension_numbers=_muon_axes,
             )
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(clip, optimizer)
+    optimizer = optax.chain(clip, optimizer)
+    return skip_spikes(optimizer, config.skip_above) if config.skip_above else optimizer
+
+
+class SkipSpikesState(NamedTuple):
+    """What `skip_spikes` remembers: gradient norms [M], how many there were, how many skipped."""
+
+    norms: jax.Array
+    seen: jax.Array
+    skipped: jax.Array
+    inner_state: Any
+
+
+def skip_spikes(inner: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
+    """Leave out the update, and the optimizer's state as it is, when the gradient's norm is a spike.
+
+    A spike is more than `factor` times the median of the newest `MEDIAN_OF` norms. Spikes count among
+    them: a rise that lasts is not skipped for ever.
+    """
+
+    def init(params: Params) -> SkipSpikesState:
+        return SkipSpikesState(jnp.zeros(MEDIAN_OF), jnp.int32(0), jnp.int32(0), inner.init(params))
+
+    def update(
+        gradient: Params, state: SkipSpikesState, params: Params | None = None
+    ) -> tuple[Params, SkipSpikesState]:
+        norms_M, seen, skipped, inner_state = state
+        norm = optax.tree.norm(gradient)
+        median = jnp.nanmedian(jnp.where(jnp.arange(MEDIAN_OF) < seen, norms_M, jnp.nan))
+        spike = (seen >= LEAST_NORMS) & (norm > factor * median)
+        updates, new_state = inner.update(gradient, inner_state, params)
+        updates = jax.tree.map(lambda u: jnp.where(spike, jnp.zeros_like(u), u), updates)
+        new_state = jax.tree.map(lambda old, new: jnp.where(spike, old, new), inner_state, new_state)
+        norms_M = norms_M.at[seen % MEDIAN_OF].set(norm)
+        return updates, SkipSpikesState(norms_M, seen + 1, skipped + spike, new_state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def count_skipped(opt_state: Any) -> jax.Array:
+    """How many updates `skip_spikes` has left out so far; 0 where there is none."""
+    return opt_state.skipped if isinstance(opt_state, SkipSpikesState) else jnp.int32(0)
 
 
 def is_matrix(params: Params) -> Params:

@@ -1,5 +1,6 @@
 """What training says to a person, as text."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,53 @@ def describe_evaluation(record: Record) -> str:
         f"({record['val_bpc']:.3f} bits per character), gap {val_loss - train_loss:+.4f}, "
         f"{show_time(record['seconds'])}"
     )
+
+
+def describe_spike(step: int, loss: float, recent: Sequence[float], grad_norm: float) -> str:
+    """For a loss that stands out of those before it."""
+    return (
+        f"step {step:,}: loss {loss:.4f} stands out of the {len(recent)} before it (mean "
+        f"{float(np.mean(recent)):.4f}); gradient norm {grad_norm:.3g}"
+    )
+
+
+def describe_skip(step: int, grad_norm: float, factor: float) -> str:
+    """For an update that `optimizer.skip_above` left out."""
+    return f"step {step:,}: update left out: gradient norm {grad_norm:.3g}, above {factor:g} times the median"
+
+
+def describe_not_finite(step: int, loss: float, grad_norms: Any) -> str:
+    """For a step whose loss or gradient is NaN or infinite."""
+    norms = name_leaves(grad_norms)
+    bad = [f"{name} {norm}" for name, norm in norms.items() if not np.isfinite(norm)]
+    return (
+        f"step {step:,}: the loss is {loss:.4g}, and "
+        + (f"the gradient norm is not finite of {', '.join(bad)}" if bad else "every gradient norm is finite")
+        + f". The state before it, after step {step - 1:,}, is saved. The same command comes to the same "
+        f"end: start another run with a lower learning rate, or a smaller optimizer.clip_norm"
+    )
+
+
+def describe_spoiled(step: int, names: Sequence[str], saved_step: int) -> str:
+    """For parameters that an update has made NaN or infinite."""
+    return (
+        f"step {step:,}: {', '.join(names)} are not finite any more; the newest checkpoint, of step "
+        f"{saved_step:,}, is kept. Start another run with a lower learning rate"
+    )
+
+
+def describe_bad_evaluation(step: int, val_loss: float, saved_step: int) -> str:
+    """For a validation loss that is NaN or infinite."""
+    return (
+        f"step {step:,}: the validation loss is {val_loss}; this state is not saved, the newest checkpoint, "
+        f"of step {saved_step:,}, is kept. Start another run with a lower learning rate"
+    )
+
+
+def name_leaves(tree: Any) -> dict[str, Any]:
+    """`{"blocks.mlp.up.kernel": leaf}`: the leaves of a tree by their paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def describe_end(records: list[Record], workdir: Path) -> str:

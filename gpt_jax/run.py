@@ -1,7 +1,7 @@
 """A trained model, read back from its run: to sample from, to look into, to evaluate."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 from gpt_jax.batches import micro_batch_size
-from gpt_jax.checkpoint import Checkpoints
+from gpt_jax.checkpoint import METADATA, Checkpoints
 from gpt_jax.config import ARTIFACTS, Config, MeshConfig
 from gpt_jax.errors import UserError
+from gpt_jax.integrity import DamagedError
 from gpt_jax.loss import LossOfTokens, make_loss_of_tokens
 from gpt_jax.model import GPT, Params, unstack_layers
 from gpt_jax.sampler import generate_tokens
@@ -23,6 +24,74 @@ from gpt_jax.train_state import abstract_params
 from gpt_jax.train_step import SAMPLE_STREAM, stream
 
 WINDOWS = ("half", "exact")
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a checkpoint says beside its arrays; as JSON, it is data and never code.
+
+    Attributes:
+        config: the settings of the run.
+        tokenizer: text to ids and back.
+        fingerprint: of the text, see `gpt_jax.corpus`.
+        step: updates done.
+        val_loss: at this step, by the headline protocol; None for one saved between evaluations.
+        recent_losses: those that the next line of metrics.jsonl is the mean of.
+        versions: of the libraries.
+    """
+
+    config: Config
+    tokenizer: CharTokenizer
+    fingerprint: str
+    step: int
+    val_loss: float | None
+    recent_losses: list[float]
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON can hold."""
+        own = {"config": self.config.to_dict(), "tokenizer": self.tokenizer.to_json()}
+        return {field.name: getattr(self, field.name) for field in fields(self)} | own
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Metadata":
+        """The inverse of `to_dict`.
+
+        Raises:
+            UserError: something is missing or not what it should be; it is named.
+        """
+        losses, versions = values.get("recent_losses"), values.get("versions")
+        sound = {
+            "config": True,  # checks itself
+            "tokenizer": isinstance(values.get("tokenizer"), str),
+            "fingerprint": isinstance(values.get("fingerprint"), str),
+            "step": type(values.get("step")) is int,
+            "val_loss": values.get("val_loss", "") is None or type(values["val_loss"]) in (int, float),
+            "recent_losses": isinstance(losses, list) and all(type(x) in (int, float) for x in losses),
+            "versions": isinstance(versions, dict) and all(isinstance(x, str) for x in versions.values()),
+        }
+        for name, is_sound in sound.items():
+            if name not in values or not is_sound:
+                raise UserError(f"{name} is missing or not what it should be")
+        read = {
+            "config": Config.from_dict(values["config"]),
+            "tokenizer": CharTokenizer.from_json(values["tokenizer"]),
+        }
+        return cls(**{name: values[name] for name in sound} | read)
+
+
+def read_metadata(checkpoints: Checkpoints, step: int) -> Metadata:
+    """What the checkpoint of `step` says of itself.
+
+    Raises:
+        DamagedError: nothing that makes sense.
+    """
+    try:
+        return Metadata.from_dict(checkpoints.metadata(step))
+    except DamagedError:
+        raise
+    except UserError as error:
+        raise DamagedError(f"checkpoint {checkpoints.folder / str(step)}: {METADATA}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -43,7 +112,7 @@ class Run:
     params: Params
     tokenizer: CharTokenizer
     step: int
-    metadata: dict[str, Any]
+    metadata: Metadata
 
     def generate(
         self,
@@ -137,35 +206,42 @@ def _logits(model: GPT, params: Params, tokens_BxT: np.ndarray) -> jax.Array:
 
 
 def load(workdir: str | Path, which: str = "best") -> Run:
-    """Read the model of a run.
+    """Read the model of a run. A damaged checkpoint is named on stderr and the next good one taken.
 
     Args:
         workdir: the folder of the run.
         which: "best" (by validation loss) or "last".
 
     Raises:
-        UserError: there is no checkpoint.
+        UserError: there is no checkpoint, or its arrays do not fit its settings.
+        RunError: no checkpoint is whole.
     """
     workdir = Path(workdir).expanduser()
     if which not in ("best", "last"):
         raise UserError(f"which = {which!r} must be 'best' or 'last'")
     if not has_checkpoint(workdir):
         raise UserError(f"no trained run in {workdir}: {_HOW_TO_TRAIN}")
-    checkpoints = Checkpoints(checkpoint_folder(workdir), clean=False)
-    try:
-        step = checkpoints.find(which)
-        metadata = checkpoints.metadata(step)
-        config = Config.from_dict(metadata["config"])
-        tokenizer = CharTokenizer.from_json(metadata["tokenizer"])
+    checkpoints = Checkpoints(checkpoint_folder(workdir))
+
+    def steps() -> list[int]:
+        return checkpoints.best_first() if which == "best" else checkpoints.steps()[::-1]
+
+    def read(step: int) -> tuple[Metadata, Params]:
+        metadata = read_metadata(checkpoints, step)
+        config, vocab_size = metadata.config, metadata.tokenizer.vocab_size
         # One device samples, whatever the mesh was that trained.
         mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        target = abstract_params(GPT(config.model, tokenizer.vocab_size), mesh)
+        target = abstract_params(GPT(config.model, vocab_size), mesh)
         item = "ema_params" if config.optimizer.ema_decay > 0 else "params"
-        params = checkpoints.restore(step, {item: target})[item]
+        return metadata, checkpoints.restore(step, {item: target})[item]
+
+    try:
+        (metadata, params), _ = checkpoints.first_good(steps, read)
     finally:
         checkpoints.close()
+    config, tokenizer = metadata.config, metadata.tokenizer
     model = GPT(config.model, tokenizer.vocab_size, stacked=False)
-    return Run(config, model, jax.jit(unstack_layers)(params), tokenizer, step, metadata)
+    return Run(config, model, jax.jit(unstack_layers)(params), tokenizer, metadata.step, metadata)
 
 
 def newest_run() -> Path:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as requests to stop, not as ends."""
+"""Ctrl-C, SIGTERM and SIGHUP (the terminal is gone) as requests to stop, not as ends."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ from typing import Any
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], signal.Signals | None]]:
-    """Turn the first Ctrl-C or SIGTERM into a request to stop; a second one acts as ever.
+    """Turn the first Ctrl-C, SIGTERM or SIGHUP into a request to stop; a second one acts as ever.
 
     Yields:
         A function that returns the signal that came, or None while none did.
@@ -26,8 +26,9 @@ def stop_signals() -> Iterator[Callable[[], signal.Signals | None]]:
             signal.signal(known, handler)
 
     try:
-        for wanted in (signal.SIGINT, signal.SIGTERM):
-            former[wanted] = signal.signal(wanted, handle)
+        for wanted in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(wanted) != signal.SIG_IGN:  # as nohup, and a shell's &, have it
+                former[wanted] = signal.signal(wanted, handle)
     except ValueError:  # not the main thread (a notebook's worker): signals go elsewhere
         pass
     try:

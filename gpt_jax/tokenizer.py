@@ -22,11 +22,21 @@ class CharTokenizer:
 
     @classmethod
     def from_json(cls, text: str) -> "CharTokenizer":
-        """The inverse of `to_json`."""
-        values = json.loads(text)
-        if values["type"] != "char":
-            raise UserError(f"tokenizer type {values['type']!r} is not known: it must be 'char'")
-        return cls(values["characters"])
+        """The inverse of `to_json`.
+
+        Raises:
+            UserError: `text` is not such JSON.
+        """
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"tokenizer: not JSON ({type(error).__name__})") from None
+        if not isinstance(values, dict) or values.get("type") != "char":
+            raise UserError("tokenizer: its type is not known: it must be 'char'")
+        characters = values.get("characters")
+        if not isinstance(characters, str) or not characters or list(characters) != sorted(set(characters)):
+            raise UserError("tokenizer: its characters must be a text, sorted and without repetition")
+        return cls(characters)
 
     def to_json(self) -> str:
         """JSON that `from_json` reads."""

@@ -4,6 +4,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,34 +18,43 @@ from gpt_jax.batches import micro_batch_size
 from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.config import Config, flatten
 from gpt_jax.corpus import Corpus, load_corpus
-from gpt_jax.errors import UserError
+from gpt_jax.errors import RunError, UserError
+from gpt_jax.integrity import write_durably
+from gpt_jax.lock import locked
 from gpt_jax.loss import make_loss_of_tokens
 from gpt_jax.metrics import (
     MetricsFile,
     Record,
+    SamplesFile,
     TensorBoard,
     Terminal,
+    is_spike,
     plot_losses,
     read_metrics,
-    replace_text,
 )
 from gpt_jax.model import GPT, unstack_layers
-from gpt_jax.optimizer import make_optimizer, make_schedule
+from gpt_jax.optimizer import count_skipped, make_optimizer, make_schedule
 from gpt_jax.report import (
+    describe_bad_evaluation,
     describe_end,
     describe_evaluation,
     describe_finished,
+    describe_not_finite,
     describe_run,
+    describe_skip,
+    describe_spike,
+    describe_spoiled,
     describe_stop,
+    name_leaves,
     promise_time,
 )
-from gpt_jax.run import checkpoint_folder
+from gpt_jax.run import Metadata, checkpoint_folder, read_metadata
 from gpt_jax.sampler import generate_tokens
 from gpt_jax.sampling import make_rules
 from gpt_jax.sharding import batch_sharding, make_mesh, replicated
 from gpt_jax.signals import stop_signals
 from gpt_jax.train_state import TrainState, abstract_state, count_params, init_state
-from gpt_jax.train_step import INIT_STREAM, SAMPLE_STREAM, TrainSteps, make_train_steps, stream
+from gpt_jax.train_step import INIT_STREAM, SAMPLE_STREAM, Metrics, TrainSteps, make_train_steps, stream
 
 MAX_STEPS_PER_CALL = 100
 SECONDS_PER_CALL = 1.0  # about how long the program is deaf to Ctrl-C, and the bar stands still
@@ -80,7 +90,10 @@ def train(config: Config, workdir: Path, started: float | None = None) -> int:
         (everything is saved; the same command goes on).
 
     Raises:
-        UserError: the settings do not fit the text, the devices, or the run that is there.
+        UserError: the settings do not fit the text, the devices, or the run that is there, or another
+            process trains it.
+        RunError: no checkpoint is whole, one cannot be saved, the disk is full, or the loss or a gradient
+            is not finite. What was saved before is still there.
     """
     started = time.monotonic() if started is None else started
     if workdir.exists() and not workdir.is_dir():
@@ -88,12 +101,17 @@ def train(config: Config, workdir: Path, started: float | None = None) -> int:
     check_backend()
     mesh = make_mesh(config.mesh)
     corpus = load_corpus(config.data.file, config.model.context, config.data.train_fraction)
-    checkpoints = Checkpoints(checkpoint_folder(workdir), clean=True)
-    try:
-        config = _settle(config, checkpoints, mesh)
-        return _Trainer(config, workdir, started, mesh, corpus, checkpoints).run()
-    finally:
-        checkpoints.close()  # an asynchronous save is lost otherwise
+    _settle(config, mesh)  # refuses what the devices cannot share
+    tensorboard = TensorBoard(workdir / "tensorboard") if config.train.tensorboard else None
+    # Up to here nothing is written, so that bad settings leave no trace.
+    with locked(workdir):
+        checkpoints = Checkpoints(checkpoint_folder(workdir))
+        try:
+            return _Trainer(config, workdir, started, mesh, corpus, checkpoints, tensorboard).run()
+        except OSError as error:
+            raise RunError(f"{workdir} cannot be written: {error}; what was saved before is kept") from error
+        finally:
+            checkpoints.close()  # an asynchronous save is lost otherwise
 
 
 class _Trainer:
@@ -107,6 +125,7 @@ class _Trainer:
         mesh: jax.sharding.Mesh,
         corpus: Corpus,
         checkpoints: Checkpoints,
+        tensorboard: TensorBoard | None,
     ):
         self.config = config
         self.workdir = workdir
@@ -114,6 +133,7 @@ class _Trainer:
         self.mesh = mesh
         self.corpus = corpus
         self.checkpoints = checkpoints
+        self.tensorboard = tensorboard
         self.model = GPT(config.model, corpus.tokenizer.vocab_size)
         self.optimizer = make_optimizer(config.optimizer, config.train.steps)
         self.schedule = make_schedule(config.optimizer, config.train.steps, config.optimizer.learning_rate)
@@ -122,11 +142,12 @@ class _Trainer:
         self.recent_losses: deque[float] = deque(maxlen=config.train.log_every)
         self.val_loss: float | None = None  # of the newest evaluation
         self.step = 0
+        self.skipped = 0  # updates that the optimizer left out
 
     def run(self) -> int:
         """Restore or begin, train, say what came of it; the exit status."""
-        config, workdir, steps = self.config, self.workdir, self.config.train.steps
         state = self._restore_or_init()
+        config, workdir, steps = self.config, self.workdir, self.config.train.steps
         first_step = self.step
         n_params = count_params(state.params)
         print(describe_run(config, workdir, self.corpus, self.mesh.shape, n_params))
@@ -136,22 +157,19 @@ class _Trainer:
         if first_step:
             print(f"resume  after step {first_step:,} of {steps:,}")
 
-        sinks: list[MetricsFile | TensorBoard] = []
-        if config.train.tensorboard:
-            sinks.append(TensorBoard(workdir / "tensorboard"))
-        workdir.mkdir(parents=True, exist_ok=True)  # from here on, nothing is wrong with the settings
-        replace_text(workdir / "config.json", config.to_json())
-        sinks.append(MetricsFile(workdir / "metrics.jsonl", first_step))
-        with stop_signals() as stopped_by:
+        write_durably(workdir / "config.json", config.to_json())
+        self.samples = SamplesFile(workdir / "samples.txt", first_step)
+        with stop_signals() as stopped_by, ExitStack() as closing:
+            self.sinks: list[MetricsFile | TensorBoard] = [MetricsFile(workdir / "metrics.jsonl", first_step)]
+            if self.tensorboard:
+                self.sinks.append(self.tensorboard)
+            for sink in self.sinks:
+                closing.callback(sink.close)
             tokens_N = jax.device_put(self.corpus.train, replicated(self.mesh))
             train_steps = self._compile(state, tokens_N)
-            terminal = Terminal(first_step, steps)
-            try:
-                self._loop(state, tokens_N, train_steps, terminal, sinks, stopped_by)
-            finally:
-                terminal.close()
-                for sink in sinks:
-                    sink.close()
+            self.terminal = Terminal(first_step, steps)
+            closing.callback(self.terminal.close)
+            self._loop(state, tokens_N, train_steps, stopped_by)
             self._plot()
             self.checkpoints.wait()
             stop = stopped_by()
@@ -163,32 +181,52 @@ class _Trainer:
 
     def _restore_or_init(self) -> TrainState:
         keep_ema = self.config.optimizer.ema_decay > 0
-        saved_steps = self.checkpoints.steps()
-        if not saved_steps:
+        metadata = None
+        if self.checkpoints.steps():
+            target = abstract_state(self.model, self.optimizer, keep_ema, self.mesh)
+            metadata, state = self._restore(target)
+            self.step = metadata.step
+            self.recent_losses.extend(metadata.recent_losses)
+            self.val_loss = metadata.val_loss
+            self.skipped = int(count_skipped(state.opt_state))
+        else:
+            if read_metrics(self.workdir / "metrics.jsonl"):
+                print(f"WARNING: {self.workdir} has metrics but no checkpoint: training begins at step 0")
             key = stream(self.config.seed, INIT_STREAM)
-            return init_state(self.model, self.optimizer, keep_ema, self.mesh, key)
-        self.step = saved_steps[-1]
-        metadata = self.checkpoints.metadata(self.step)
-        self._check_same_run(metadata)
-        self.recent_losses.extend(metadata["recent_losses"])
-        self.val_loss = metadata["val_loss"]
-        target = abstract_state(self.model, self.optimizer, keep_ema, self.mesh)
-        items = self.checkpoints.restore(self.step, _items(target))
-        step = jax.device_put(np.int32(self.step), replicated(self.mesh))
-        return TrainState(step, items["params"], items["opt_state"], items.get("ema_params"))
+            state = init_state(self.model, self.optimizer, keep_ema, self.mesh, key)
+        self.checkpoints.clean()
+        self.config = _settle(self.config, self.mesh, metadata)
+        return state
 
-    def _check_same_run(self, metadata: dict[str, Any]) -> None:
-        old, new = flatten(Config.from_dict(metadata["config"])), flatten(self.config)
+    def _restore(self, target: TrainState) -> tuple[Metadata, TrainState]:
+        """The newest state that is whole."""
+
+        def read(step: int) -> tuple[Metadata, TrainState]:
+            metadata = read_metadata(self.checkpoints, step)
+            self._check_same_run(metadata)
+            items = self.checkpoints.restore(step, _items(target))
+            step_array = jax.device_put(np.int32(step), replicated(self.mesh))
+            state = TrainState(step_array, items["params"], items["opt_state"], items.get("ema_params"))
+            return metadata, state
+
+        newest_first = self.checkpoints.steps()[::-1]
+        restored, damaged = self.checkpoints.first_good(lambda: newest_first, read)
+        for step in damaged:
+            print(f"WARNING: the damaged checkpoint is kept as {self.checkpoints.set_aside(step)}")
+        return restored
+
+    def _check_same_run(self, metadata: Metadata) -> None:
+        old, new = flatten(metadata.config), flatten(self.config)
         for key, value in new.items():
             if value != old[key] and not key.startswith(SAFE_TO_CHANGE):
                 raise UserError(
                     f"{self.workdir} holds a run with {key} = {old[key]!r}, not {value!r}: "
                     f"keep it, or start another run with another --workdir"
                 )
-        if metadata["fingerprint"] != self.corpus.fingerprint:
+        if metadata.fingerprint != self.corpus.fingerprint:
             raise UserError(
                 f"{self.workdir} was trained on another text than {self.config.data.file} is now: "
-                f"fingerprint {metadata['fingerprint'][:12]}, now {self.corpus.fingerprint[:12]}; "
+                f"fingerprint {metadata.fingerprint[:12]}, now {self.corpus.fingerprint[:12]}; "
                 f"give back the old text, or start another run with another --workdir"
             )
 
@@ -207,8 +245,6 @@ class _Trainer:
         state: TrainState,
         tokens_N: jax.Array,
         train_steps: TrainSteps,
-        terminal: Terminal,
-        sinks: list[MetricsFile | TensorBoard],
         stopped_by: Callable[[], signal.Signals | None],
     ) -> None:
         train = self.config.train
@@ -216,7 +252,7 @@ class _Trainer:
         loss_of_tokens = make_loss_of_tokens(
             self.model, train.batch_size // train.accumulate, batch_sharding(self.mesh)
         )
-        steps_per_call, calls = 1, 0
+        steps_per_call, calls, promised = 1, 0, False
         saved_at = time.monotonic()
 
         while self.step < train.steps and stopped_by() is None:
@@ -224,39 +260,68 @@ class _Trainer:
             n_steps = min(steps_per_call, until_evaluation, train.steps - self.step)
             begun = time.monotonic()
             state, metrics = train_steps(state, tokens_N, np.int32(n_steps))
-            losses, norms = jax.device_get((metrics["loss"], metrics["grad_norm"]))
-            seconds_per_step = (time.monotonic() - begun) / n_steps
+            metrics = jax.device_get(metrics)
+            n_done = int(metrics["steps"])
+            seconds = time.monotonic() - begun
+            seconds_per_step = seconds / n_steps
             steps_per_call = int(np.clip(SECONDS_PER_CALL / seconds_per_step, 1, MAX_STEPS_PER_CALL))
 
-            last_step = self.step + n_steps
-            for loss, norm in zip(losses[:n_steps].tolist(), norms[:n_steps].tolist(), strict=True):
-                self.step += 1
-                self.recent_losses.append(loss)
-                if self.step % train.log_every == 0 or self.step == last_step:
-                    record = self._record(norm, tokens_per_step / seconds_per_step)
-                    if self.step < last_step:
-                        _write(sinks, record)
+            record = self._take_in(metrics, n_done, tokens_per_step / seconds_per_step)
+            self._check_finite(state, metrics, n_done, n_steps)
             evaluate_now = self.step % train.eval_every == 0 or self.step == train.steps
             if evaluate_now:
                 self.val_loss = loss_of_tokens(state.eval_params, self.corpus.val)
+                if not np.isfinite(self.val_loss):
+                    raise RunError(describe_bad_evaluation(self.step, self.val_loss, self.saved_step))
                 record |= {"val_loss": self.val_loss, "val_bpc": self.val_loss / float(np.log(2))}
                 record["seconds"] = self._seconds()
             if evaluate_now or self.step % train.log_every == 0:
-                _write(sinks, record)
+                self._write(record)
 
+            if evaluate_now:
+                self._show_evaluation(state, record)
             if evaluate_now or time.monotonic() - saved_at > 60 * train.save_minutes:
                 self._save(state, self.val_loss if evaluate_now else None)
                 saved_at = time.monotonic()
-            if evaluate_now:
-                self._show_evaluation(terminal, state, record)
             seconds_left = (train.steps - self.step) * seconds_per_step
             calls += 1
-            if calls == 2:  # the first call is slower than all that follow
-                terminal.line(promise_time(seconds_left))
-            terminal.progress(record, self.val_loss, seconds_left)
+            # The first call is slower than all that follow, and short ones are no measure of long ones.
+            if calls > 1 and not promised and seconds > SECONDS_PER_CALL / 2:
+                self.terminal.line(promise_time(seconds_left))
+                promised = True
+            self.terminal.progress(record, self.val_loss, seconds_left)
 
         if self.step < train.steps:  # stopped: whenever the signal came, this step is not lost
             self._save(state, None)
+
+    def _take_in(self, metrics: Metrics, n_done: int, tokens_per_second: float) -> Record:
+        """Count the steps of a call, write the lines due before the last one, and return the last one's."""
+        last_step = self.step + n_done
+        record: Record = {}
+        for i in range(n_done):
+            loss, norm, skipped = (metrics[name][i].item() for name in ("loss", "grad_norm", "skipped"))
+            self.step += 1
+            if skipped > self.skipped:
+                self.terminal.line(describe_skip(self.step, norm, self.config.optimizer.skip_above))
+            elif is_spike(loss, self.recent_losses):
+                self.terminal.line(describe_spike(self.step, loss, self.recent_losses, norm))
+            self.skipped = skipped
+            self.recent_losses.append(loss)
+            if self.step % self.config.train.log_every == 0 or self.step == last_step:
+                record = self._record(norm, tokens_per_second)
+                if self.step < last_step:
+                    self._write(record)
+        return record
+
+    def _check_finite(self, state: TrainState, metrics: Metrics, n_done: int, n_steps: int) -> None:
+        """Stop before a NaN is saved over anything."""
+        if n_done < n_steps:  # the state is that before the bad step
+            self._save(state, None)
+            loss, norms = metrics["loss"][n_done].item(), metrics["grad_norms"]
+            raise RunError(describe_not_finite(self.step + 1, loss, norms))
+        spoiled = [name for name, finite in name_leaves(metrics["finite"]).items() if not finite]
+        if spoiled:
+            raise RunError(describe_spoiled(self.step, spoiled, self.saved_step))
 
     def _seconds(self) -> float:
         return round(time.monotonic() - self.started, 3)
@@ -267,32 +332,44 @@ class _Trainer:
             "step": self.step,
             "seconds": self._seconds(),
             "train_loss": float(np.mean(self.recent_losses)),
-            "learning_rate": float(self.schedule(self.step - 1)),
+            "learning_rate": float(self.schedule(self.step - 1 - self.skipped)),
             "grad_norm": grad_norm,
             "tokens_per_second": round(tokens_per_second, 1),
+            **({"skipped": self.skipped} if self.config.optimizer.skip_above else {}),
         }
+
+    def _write(self, record: Record) -> None:
+        for sink in self.sinks:
+            sink.write(record)
+
+    @property
+    def saved_step(self) -> int:
+        """The newest step with a checkpoint, 0 where there is none."""
+        return max(self.checkpoints.steps(), default=0)
 
     def _save(self, state: TrainState, val_loss: float | None) -> None:
-        metadata = {
-            "config": self.config.to_dict(),
-            "tokenizer": self.corpus.tokenizer.to_json(),
-            "fingerprint": self.corpus.fingerprint,
-            "step": self.step,
-            "val_loss": self.val_loss,
-            "recent_losses": list(self.recent_losses),
-            "versions": {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
-        }
-        self.checkpoints.save(self.step, _items(state), metadata, val_loss)
+        """Begin to save. What the checkpoint lets a resume leave out is on the disk before it is."""
+        for sink in self.sinks:
+            sink.sync()
+        metadata = Metadata(
+            config=self.config,
+            tokenizer=self.corpus.tokenizer,
+            fingerprint=self.corpus.fingerprint,
+            step=self.step,
+            val_loss=val_loss,
+            recent_losses=list(self.recent_losses),
+            versions={name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
+        )
+        self.checkpoints.save(self.step, _items(state), metadata.to_dict())
 
-    def _show_evaluation(self, terminal: Terminal, state: TrainState, record: Record) -> None:
+    def _show_evaluation(self, state: TrainState, record: Record) -> None:
         """A line of losses, a few lines of sample text, and the plot."""
         losses = describe_evaluation(record)
-        terminal.line(losses)
+        self.terminal.line(losses)
         if self.config.train.sample_length:
             sample = self._sample(state)
-            terminal.line("\n".join("    | " + line for line in sample.strip("\n").splitlines()))
-            with (self.workdir / "samples.txt").open("a", encoding="utf-8", newline="") as file:
-                file.write(f"--- {losses}\n{sample}\n\n")
+            self.terminal.line("\n".join("    | " + line for line in sample.strip("\n").splitlines()))
+            self.samples.write(losses, sample)
         self._plot()
 
     def _sample(self, state: TrainState) -> str:
@@ -310,16 +387,15 @@ class _Trainer:
         plot_losses(self.workdir / "metrics.jsonl", self.workdir / "loss.png", title=self.workdir.name)
 
 
-def _settle(config: Config, checkpoints: Checkpoints, mesh: jax.sharding.Mesh) -> Config:
-    """Settle what the settings leave open, so that a checkpoint says what was done.
+def _settle(config: Config, mesh: jax.sharding.Mesh, saved: Metadata | None = None) -> Config:
+    """Settle what the settings leave open, as the run so far did, so that a checkpoint says what was done.
 
     Raises:
         UserError: the devices cannot share a batch.
     """
     train = config.train
-    if not train.accumulate and checkpoints.steps():
-        saved = checkpoints.metadata(checkpoints.find("last"))
-        train = replace(train, accumulate=saved["config"]["train"]["accumulate"])
+    if not train.accumulate and saved:
+        train = replace(train, accumulate=saved.config.train.accumulate)
     n_shards = mesh.shape["data"] * mesh.shape["fsdp"]
     size = micro_batch_size(train, config.model.context, n_shards)
     train = replace(train, accumulate=train.batch_size // size)
@@ -334,8 +410,3 @@ def _items(state: TrainState) -> dict[str, Any]:
     if state.ema_params is not None:
         items["ema_params"] = state.ema_params
     return items
-
-
-def _write(sinks: list[MetricsFile | TensorBoard], record: Record) -> None:
-    for sink in sinks:
-        sink.write(record)

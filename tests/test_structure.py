@@ -7,9 +7,9 @@ import pytest
 from gpt_jax.config import REPOSITORY
 
 ORDER = [
-    "errors", "config", "tokenizer", "corpus", "batches", "model", "loss", "optimizer", "sharding",
-    "train_state", "train_step", "backend", "metrics", "checkpoint", "sampling", "sampler", "run",
-    "signals", "report", "trainer", "evaluate", "write_samples",
+    "output", "errors", "config", "tokenizer", "corpus", "batches", "model", "loss", "optimizer", "sharding",
+    "train_state", "train_step", "backend", "lock", "integrity", "metrics", "checkpoint", "sampling",
+    "sampler", "run", "signals", "report", "trainer", "evaluate", "write_samples",
 ]  # fmt: skip
 PACKAGE = REPOSITORY / "gpt_jax"
 

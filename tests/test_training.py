@@ -84,14 +84,14 @@ def test_the_same_losses_on_every_mesh(tiny_config, optimizer):
 def test_a_checkpoint_moves_between_meshes(tiny_config, tmp_path, name):
     config = tiny_config(mesh=MESHES["2x2x2"], optimizer={"name": name})
     _, _, state = run_steps(config)
-    checkpoints = Checkpoints(tmp_path / "checkpoints", clean=True)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
     items = {"params": state.params, "opt_state": state.opt_state}
-    checkpoints.save(4, items, {"note": "x"}, 1.0)
+    checkpoints.save(4, items, {"note": "x"})
     checkpoints.close()
     for mesh_shape in (MESHES["1"], MESHES["8x1x1"], MESHES["2x4x1"]):
         _, mesh, model, optimizer = make_parts(tiny_config(mesh=mesh_shape, optimizer={"name": name}))
         target = abstract_state(model, optimizer, False, mesh)
-        checkpoints = Checkpoints(tmp_path / "checkpoints", clean=True)
+        checkpoints = Checkpoints(tmp_path / "checkpoints")
         wanted = {"params": target.params, "opt_state": target.opt_state}
         restored = checkpoints.restore(4, wanted)
         checkpoints.close()
@@ -147,13 +147,18 @@ def train_and_stop(config, workdir, step, monkeypatch, signal_number=signal.SIGI
 def saved_state(config, workdir, step=None):
     """Everything that a checkpoint holds, the last one where no step is given."""
     _, mesh, model, optimizer = make_parts(config)
-    checkpoints = Checkpoints(checkpoint_folder(workdir), clean=False)
+    checkpoints = Checkpoints(checkpoint_folder(workdir))
     target = abstract_state(model, optimizer, config.optimizer.ema_decay > 0, mesh)
-    step = checkpoints.find("last") if step is None else step
+    step = checkpoints.steps()[-1] if step is None else step
     items = checkpoints.restore(step, trainer._items(target))
     metadata = checkpoints.metadata(step)
     checkpoints.close()
     return items | {"losses": metadata["recent_losses"], "step": step}
+
+
+def files_of(workdir):
+    """All that a run consists of, to see whether it was touched."""
+    return {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.name != "lock"}
 
 
 def metrics_of(workdir):
@@ -250,16 +255,15 @@ def test_which_checkpoints_stay(tiny_config, tmp_path):
     _, _, state = run_steps(tiny_config(), ())
     nan = float("nan")
     for part in ([2.0, 1.0, None], [3.0, nan, None, nan, None]):  # opened anew in between
-        checkpoints = Checkpoints(tmp_path / "checkpoints", clean=True)
+        checkpoints = Checkpoints(tmp_path / "checkpoints")
         first = len(part) % 3  # steps 0, 1, 2, then 2 (there already), 3, 4, 5, 6
         for step, loss in enumerate(part, start=first):
-            checkpoints.save(step, {"params": state.params}, {"step": step}, loss)
+            checkpoints.save(step, {"params": state.params}, {"step": step, "val_loss": loss})
         checkpoints.close()
-    checkpoints = Checkpoints(tmp_path / "checkpoints", clean=False)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
     assert checkpoints.steps() == [1, 5, 6]
-    assert checkpoints.find("best") == 1
-    assert checkpoints.find("last") == 6
-    assert checkpoints.metadata(1) == {"step": 1}
+    assert checkpoints.best_first() == [1, 6, 5]
+    assert checkpoints.metadata(1) == {"step": 1, "val_loss": 1.0}
     checkpoints.close()
 
 
@@ -280,13 +284,13 @@ def test_a_finished_run_says_so_and_trains_no_further(tiny_config, tmp_path, cap
 def test_another_recipe_or_text_is_refused(tiny_config, text_file, tmp_path):
     workdir = tmp_path / "run"
     assert trainer.train(tiny_config(train={"steps": 2}), workdir) == 0
-    files = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    files = files_of(workdir)
     with pytest.raises(UserError, match=r"with optimizer.b1 = 0.9, not 0.5: keep it"):
         trainer.train(tiny_config(train={"steps": 2}, optimizer={"b1": 0.5}), workdir)
     text_file.write_text(text_file.read_text(encoding="utf-8") + "x", encoding="utf-8")
     with pytest.raises(UserError, match="was trained on another text"):
         trainer.train(tiny_config(train={"steps": 2}), workdir)
-    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == files
+    assert files_of(workdir) == files
 
 
 def test_a_mesh_too_large_is_named(tiny_config):
