@@ -249,6 +249,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # whatever it is, the run must not go on as if it were saved
+            for leftover in self.folder.glob(f"{step}{UNFINISHED}*"):
+                shutil.rmtree(leftover, ignore_errors=True)  # a full disk needs the room
             kept = self.steps()[-1:]
             raise RunError(
                 f"the checkpoint of step {step:,} could not be saved in {self.folder}: {_one_line(error)}; "
@@ -270,4 +272,6 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+    if len(text) > 400:  # a store's messages have the file at their beginning and the reason at their end
+        text = f"{text[:200]} ... {text[-200:]}"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

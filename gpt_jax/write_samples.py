@@ -48,6 +48,8 @@ def write_samples(
     run = load(workdir, which)
     if prompt_file is not None:
         prompt, _ = read_text(prompt_file)
+    else:
+        prompt = _as_utf8(prompt)
     pieces = run.stream(prompt, length, rules, num_samples=num_samples, seed=seed, window=window)
     if out.is_dir():
         raise UserError(f"out = {out} is a folder: name a file in it")
@@ -82,3 +84,13 @@ def write_samples(
     )
     if stopped:
         raise KeyboardInterrupt
+
+
+def _as_utf8(argument: str) -> str:
+    """A command-line argument as its bytes mean it, whatever the locale made of them."""
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError:
+        raise UserError(
+            f"prompt = {argument!r} is not UTF-8: give the text in a file, --prompt_file"
+        ) from None

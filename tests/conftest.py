@@ -5,6 +5,8 @@ core; with a worker for each core the machine is busy all the same.
 """
 
 import os
+import shutil
+import subprocess
 import tempfile
 from functools import partial
 
@@ -18,7 +20,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from gpt_jax.config import Config, ModelConfig
+from gpt_jax.config import REPOSITORY, Config, ModelConfig
 from gpt_jax.model import GPT
 from gpt_jax.train_state import init_params
 
@@ -119,3 +121,15 @@ def tiny_config(text_file):
         return Config.from_dict(values)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def faults_library(tmp_path_factory):
+    """`faults.c`, compiled, to be preloaded."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler here")
+    library = tmp_path_factory.mktemp("faults") / "faults.so"
+    source = REPOSITORY / "tests" / "faults.c"
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    return library

@@ -1,0 +1,115 @@
+"""Train for a given time while something kills, signals and corrupts at random; nothing may be lost.
+
+    taskset -c 0 python benchmarks/soak.py --minutes 60
+
+One run after another is trained to its end by `train.py`, each disturbed at random instants: SIGKILL, SIGTERM or
+Ctrl-C (often twice), and between two processes now and then a damaged file in the newest checkpoint. At its
+end a run must equal the undisturbed one bit for bit: parameters, moving average, optimizer state, metrics
+and samples. Prints a line for each run, and the counts at the end; exit status 1 if anything differs.
+"""
+
+import argparse
+import collections
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout that this file lies in
+
+from disturb import Training, differences, result_of, spoil_something, steps_of, undisturbed, write_text
+
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+EXPECTED = {signal.SIGKILL: {-9, 0}, signal.SIGTERM: {143, -15, 0}, signal.SIGINT: {130, 0}}
+
+
+def disturbed_run(
+    folder: Path, text: Path, chance: random.Random, cache: dict[str, str], counts: collections.Counter[str]
+) -> list[str]:
+    """Train one run to its end, disturbing it; what went wrong."""
+    workdir = folder / "run"
+    problems = []
+    for _ in range(chance.randrange(1, 6)):  # processes before the one that is left in peace
+        cached = chance.random() < 0.8
+        training = Training(workdir, text, environment=cache if cached else {})
+        # Most of a process is imports and compilation: three quarters of the faults come after those begin.
+        if chance.random() < 0.75:
+            training.wait_for("compile")
+        number = chance.choice(SIGNALS)
+        time.sleep(chance.uniform(0, 5 if cached else 15))
+        alive = training.process.poll() is None
+        training.send(number)
+        if number != signal.SIGKILL and chance.random() < 0.3:
+            time.sleep(chance.uniform(0, 0.5))
+            training.send(number)
+            counts["second signals"] += alive
+        counts["kills" if number == signal.SIGKILL else "signals"] += alive
+        status = training.wait()
+        early = "compile" not in training.output  # before its handlers stand, a signal simply ends it
+        allowed = EXPECTED[number] | ({-number, 1, 130} if early else set())
+        if status not in allowed:
+            problems.append(f"status {status} after {number.name}: {training.output[-2000:]}")
+        steps = steps_of(workdir)
+        if len(steps) >= 2 and chance.random() < 0.35:
+            what = spoil_something(workdir / "checkpoints" / str(steps[-1]), chance)
+            counts["corruptions"] += 1
+            training = Training(workdir, text, environment=cache)
+            if training.wait() != 0 or f"checkpoints/{steps[-1]} is damaged" not in training.output:
+                problems.append(f"{what} in {steps[-1]} went unnoticed: {training.output[-2000:]}")
+    training = Training(workdir, text, environment=cache)
+    if training.wait() != 0:
+        problems.append(f"lost: {training.output[-2000:]}")
+    return problems
+
+
+def main() -> int:
+    """Soak, and print the counts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the counts here, too")
+    flags = parser.parse_args()
+    # Bits are promised on one thread only.
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    chance = random.Random(flags.seed)
+    counts: collections.Counter[str] = collections.Counter()
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as place:
+        base = Path(place)
+        text = write_text(base / "text.txt")
+        cache = {
+            "JAX_COMPILATION_CACHE_DIR": str(base / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+        }
+        undisturbed(base / "undisturbed", text)
+        wanted = result_of(base / "undisturbed")
+        while time.monotonic() - begun < 60 * flags.minutes:
+            folder = base / f"disturbed{counts['runs']}"
+            problems = disturbed_run(folder, text, chance, cache, counts)
+            counts["runs"] += 1
+            if problems:
+                counts["runs lost"] += 1
+            else:
+                problems = [f"{name} differs" for name in differences(result_of(folder / "run"), wanted)]
+                counts["runs that differ"] += bool(problems)
+            for problem in problems:
+                print(problem, flush=True)
+            print(f"{(time.monotonic() - begun) / 60:5.1f} min  {dict(counts)}", flush=True)
+            if not problems:
+                shutil.rmtree(folder)
+    names = ("runs", "kills", "signals", "second signals", "corruptions", "runs lost", "runs that differ")
+    result = {name: counts[name] for name in names} | {"minutes": round((time.monotonic() - begun) / 60, 1)}
+    print(json.dumps(result))
+    if flags.json:
+        flags.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    return int(counts["runs lost"] + counts["runs that differ"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

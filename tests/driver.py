@@ -1,0 +1,105 @@
+"""train.py as a process of its own, with one disturbance put into it at an exact place.
+
+    DISTURBANCE="<what> <where>" python driver.py --config ...
+
+Besides what is named here, everything is the real thing.
+"""
+
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from gpt_jax import checkpoint, train_step, trainer  # noqa: E402
+
+WHAT, WHERE = os.environ["DISTURBANCE"].split()
+
+
+def send() -> None:
+    """The signal; WHAT is its name, twice with a pause in between where it ends in 2."""
+    number = signal.Signals[WHAT.rstrip("2")]
+    os.kill(os.getpid(), number)
+    if WHAT.endswith("2"):
+        time.sleep(0.3)
+        os.kill(os.getpid(), number)
+
+
+def after(module, name, calls):
+    """Send the signal within the call number `calls` of a function, before it does its work."""
+    function, done = getattr(module, name), []
+
+    def disturbed(*args, **kwargs):
+        done.append(name)
+        if len(done) == calls:
+            print(f"sending {WHAT} in {name}", flush=True)
+            send()
+        return function(*args, **kwargs)
+
+    setattr(module, name, disturbed)
+
+
+def wrap_result(module, name, calls):
+    """The same for the function that a function returns."""
+    make = getattr(module, name)
+
+    def disturbed(*args, **kwargs):
+        box = type("Box", (), {"function": staticmethod(make(*args, **kwargs))})
+        after(box, "function", calls)
+        return box.function
+
+    setattr(module, name, disturbed)
+
+
+def spoil_step(step, spoil):
+    """In the step number `step` (0 is the first), `spoil(params, here)` is added to the loss."""
+    batch_loss = train_step.batch_loss
+    dropout_stream = train_step.stream(1337, train_step.DROPOUT_STREAM)
+
+    def spoiled(params, model, inputs, targets, key):
+        loss = batch_loss(params, model, inputs, targets, key)
+        key_there = jax.random.fold_in(dropout_stream, step)
+        here = (jax.random.key_data(key) == jax.random.key_data(key_there)).all()
+        return loss + spoil(params, here)
+
+    train_step.batch_loss = spoiled
+
+
+def up_sum(params):
+    return params["blocks"]["mlp"]["up"]["kernel"].sum()
+
+
+match WHERE.split(":"):
+    case ["compile"]:
+        after(trainer, "make_train_steps", 1)
+    case ["step"]:
+        compile_steps = trainer._Trainer._compile
+
+        def compiled(self, state, tokens_N):
+            box = type("Box", (), {"steps": staticmethod(compile_steps(self, state, tokens_N))})
+            after(box, "steps", 3)
+            return box.steps
+
+        trainer._Trainer._compile = compiled
+    case ["evaluation"]:
+        wrap_result(trainer, "make_loss_of_tokens", 2)
+    case ["save"]:
+        after(checkpoint, "seal", 3)
+    case ["nan", step]:
+        spoil_step(int(step), lambda params, here: jnp.where(here, jnp.nan, 0.0))
+    case ["inf", step]:
+        spoil_step(int(step), lambda params, here: jnp.where(here, jnp.inf, 0.0))
+    case ["gradient", step]:  # a finite loss whose gradient is not: the root of 0
+        spoil_step(int(step), lambda params, here: jnp.sqrt(jnp.where(here, 0 * up_sum(params), 0.0625)))
+    case ["spike", step]:
+        spoil_step(int(step), lambda params, here: jnp.where(here, 5 + 100 * up_sum(params) ** 2, 0.0))
+
+sys.argv[0] = str(REPOSITORY / "train.py")
+runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,486 @@
+"""Faults that strike a whole run: train.py as a real process, killed, signalled, starved, fooled."""
+
+import fcntl
+import os
+import pty
+import random
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import threading
+from pathlib import Path
+
+import pytest
+from disturb import (
+    SETTINGS, Training, differences, files_of, result_of, spoil, spoil_something, steps_of, undisturbed,
+    write_text,
+)  # fmt: skip
+
+from gpt_jax.config import REPOSITORY
+from gpt_jax.metrics import read_metrics
+
+pytestmark = pytest.mark.faults
+DRIVER = REPOSITORY / "tests" / "driver.py"
+slow = pytest.mark.slow
+
+
+def some(*cases):
+    """All cases, of which a plain `pytest` takes the first only."""
+    return [cases[0], *(pytest.param(*(c if isinstance(c, tuple) else (c,)), marks=slow) for c in cases[1:])]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="session")
+def cache():
+    """What lets a process read its programs from a folder instead of compiling them for ten seconds."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": os.environ["GPT_JAX_TEST_CACHE"],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+
+
+@pytest.fixture(scope="session")
+def whole(text, cache, tmp_path_factory):
+    """A run that nobody disturbed."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    training = Training(workdir, text, environment=cache)
+    assert training.wait() == 0, training.output
+    return workdir
+
+
+@pytest.fixture
+def start(text, cache, tmp_path):
+    """Starts train.py on `tmp_path / "run"`; kills what still runs at the end."""
+    started = []
+
+    def make(*, workdir=None, environment=None, settings=None, **options):
+        training = Training(
+            workdir or tmp_path / "run", text, settings, cache | dict(environment or {}), **options
+        )
+        started.append(training)
+        return training
+
+    yield make
+    for training in started:
+        training.send(signal.SIGKILL)
+        training.wait()
+
+
+def assert_ends_as(start, whole, workdir):
+    """Left in peace, the run goes on to the very end of the undisturbed one."""
+    training = start(workdir=workdir)
+    assert training.wait() == 0, training.output
+    assert differences(result_of(workdir), result_of(whole)) == []
+    steps = [record["step"] for record in read_metrics(workdir / "metrics.jsonl")]
+    assert steps == sorted(set(steps))
+    leftovers = [p.name for p in (workdir / "checkpoints").iterdir() if not p.name.isdecimal()]
+    assert all(re.fullmatch(r"\d+\.damaged\d", name) for name in leftovers), leftovers
+
+
+@pytest.mark.parametrize("seed", some(*range(20)))
+def test_killed_at_random_instants(start, whole, text, tmp_path, seed):
+    """Three SIGKILLs for each seed: while it starts, compiles, steps, evaluates, saves."""
+    chance = random.Random(seed)
+    kills, number = 0, 0
+    while kills < 3:
+        workdir = tmp_path / f"run{number}"
+        compiles = chance.random() < 0.25
+        training = start(
+            workdir=workdir, environment={"JAX_ENABLE_COMPILATION_CACHE": "0"} if compiles else {}
+        )
+        if chance.random() < 0.85:
+            training.wait_for("compile")
+        status = training.kill_after(chance.uniform(0, 12 if compiles else 3))
+        assert status in (-9, 0), training.output
+        kills += status == -9
+        if status == 0:  # too late: the next one strikes another run
+            assert differences(result_of(workdir), result_of(whole)) == []
+            number += 1
+    assert_ends_as(start, whole, tmp_path / f"run{number}")
+
+
+@pytest.mark.parametrize(
+    "what, where",
+    some(
+        ("SIGTERM", "save"),
+        *((what, where) for what in ("SIGTERM", "SIGINT", "SIGHUP")
+          for where in ("compile", "step", "evaluation", "save") if (what, where) != ("SIGTERM", "save")),
+    ),
+)  # fmt: skip
+def test_a_signal_saves_and_the_same_command_goes_on(start, whole, tmp_path, what, where):
+    training = start(program=DRIVER, environment={"DISTURBANCE": f"{what} {where}"})
+    assert training.wait() == 128 + signal.Signals[what], training.output
+    before = training.output.partition(f"sending {what}")[0]
+    stopped = re.search(
+        rf"stopped by {what}; saved after step (\d+) of 40. The same command goes on. "
+        rf"To sample: python sample.py --workdir {re.escape(str(tmp_path / 'run'))}\n",
+        training.output,
+    )
+    assert stopped, training.output
+    step = int(stopped[1])
+    assert steps_of(tmp_path / "run")[-1] == step
+    # At most one call of the step function, which here ends at the next evaluation, came after it.
+    evaluated = [int(n) for n in re.findall(r"^step (\d+): training batches", before, flags=re.MULTILINE)]
+    assert step <= max(evaluated, default=0) + 20
+    assert step == 0 if where == "compile" else step > 0
+    assert_ends_as(start, whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("what", some("SIGTERM2", "SIGINT2", "SIGHUP2"))
+def test_a_second_signal_while_it_saves_leaves_the_old_or_the_new(start, whole, tmp_path, what):
+    training = start(program=DRIVER, environment={"DISTURBANCE": f"{what} save"})
+    number = signal.Signals[what[:-1]]
+    assert training.wait() in (-number, 130, 128 + number), training.output
+    assert steps_of(tmp_path / "run")
+    assert_ends_as(start, whole, tmp_path / "run")
+
+
+def test_ignored_signals_stay_ignored(start, whole, tmp_path):
+    """As nohup and a shell's & have them."""
+    training = start(prefix=["sh", "-c", 'trap "" HUP; exec "$@"', "sh"])
+    assert training.wait_for("step 10:")
+    training.send(signal.SIGHUP)
+    assert training.wait() == 0, training.output
+    assert differences(result_of(tmp_path / "run"), result_of(whole)) == []
+
+
+def test_two_trainers_on_one_workdir(start, whole, tmp_path):
+    first = start(settings={"train.steps": 1_000_000})
+    assert first.wait_for("compile ... ")
+    second = start(settings={"train.steps": 1_000_000})
+    assert second.wait() == 2
+    assert f"run is in use by process {first.process.pid} on " in second.output
+    assert second.output.count("\n") == 1 and second.output.startswith("error: workdir = ")
+    assert first.process.poll() is None
+    first.send(signal.SIGKILL)
+    first.wait()
+    third = start(settings={"train.steps": 1_000_000})
+    assert third.wait_for("step "), third.output  # a killed process's lock does not block
+
+
+@pytest.mark.parametrize("spoiled", some("nothing", "metadata.json", "SHA256SUMS", "params"))
+@pytest.mark.parametrize("seed", some(*range(5)))
+def test_a_damaged_newest_checkpoint_is_stepped_around(start, whole, tmp_path, spoiled, seed):
+    """Bits, bytes or files gone: the older one is used, loudly, to the same end."""
+    workdir = tmp_path / "run"
+    training = start(workdir=workdir)
+    assert training.wait_for("step 30:")
+    training.send(signal.SIGKILL)
+    training.wait()
+    newest = workdir / "checkpoints" / str(steps_of(workdir)[-1])
+    if spoiled == "nothing":
+        name = spoil_something(newest, random.Random(seed)).split()[1]
+    else:
+        path = newest / spoiled if spoiled != "params" else files_of(newest / "params")[seed]
+        spoil(path, ("delete", "truncate", "flip")[seed % 3])
+        name = str(path.relative_to(newest))
+    training = start(workdir=workdir)
+    assert training.wait() == 0, training.output
+    assert re.search(
+        rf"WARNING: checkpoint \S+/{newest.name} is damaged: \S*{re.escape(name)}:? .*Trying an older one.",
+        training.output,
+    ), training.output
+    assert f"WARNING: the damaged checkpoint is kept as {newest}.damaged1" in training.output
+    assert "resume  after step" in training.output
+    assert differences(result_of(workdir), result_of(whole)) == []
+
+
+def test_when_all_checkpoints_are_bad_nothing_is_touched(start, whole, tmp_path):
+    workdir = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(whole), str(workdir)], check=True)
+    for step in steps_of(workdir):
+        spoil_something(workdir / "checkpoints" / str(step), random.Random(0))
+    before = {path: path.read_bytes() for path in files_of(workdir) if path.name != "lock"}
+    training = start(workdir=workdir)
+    assert training.wait() == 1
+    assert re.search(
+        r"^error: no checkpoint in \S+/checkpoints is whole \(40, 30 tried\); nothing was changed there. Put a "
+        r"copy back, or start another run with another --workdir$",
+        training.output, flags=re.MULTILINE,
+    ), training.output  # fmt: skip
+    sample = subprocess.run(
+        [sys.executable, str(REPOSITORY / "sample.py"), "--workdir", str(workdir), "--out", str(tmp_path / "o")],
+        capture_output=True, text=True, encoding="utf-8",
+    )  # fmt: skip
+    assert sample.returncode == 1 and "is whole (40, 30 tried)" in sample.stderr, sample.stderr
+    assert not (tmp_path / "o").exists()
+    assert {path: path.read_bytes() for path in files_of(workdir) if path.name != "lock"} == before
+
+
+def test_lost_checkpoints_are_not_passed_over_in_silence(start, whole, tmp_path):
+    workdir = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(whole), str(workdir)], check=True)
+    subprocess.run(["rm", "-r", str(workdir / "checkpoints")], check=True)
+    training = start(workdir=workdir)
+    assert training.wait() == 0
+    assert "has metrics but no checkpoint: training begins at step 0" in training.output
+    assert differences(result_of(workdir), result_of(whole)) == []
+
+
+@pytest.mark.parametrize(
+    "where, shown",
+    some(
+        ("nan:12", r"the loss is nan, and every gradient norm is finite"),
+        ("inf:12", r"the loss is inf, and every gradient norm is finite"),
+        (
+            "gradient:12",
+            r"the loss is \d\.\d+, and the gradient norm is not finite of blocks.mlp.up.kernel nan",
+        ),
+        ("nan:0", r"the loss is nan, and every gradient norm is finite"),
+        ("nan:30", r"the loss is nan, and every gradient norm is finite"),
+    ),
+)
+def test_a_nan_stops_the_run_and_is_never_saved(start, text, cache, tmp_path, where, shown):
+    """The state before it is what a run that ends there has, to the bit, however it is tried again."""
+    last = int(where.partition(":")[2])  # updates before the bad one
+    settings = {"train.accumulate": 1, "optimizer.schedule": "constant"}
+    program = {"program": DRIVER, "environment": {"DISTURBANCE": f"x {where}"}}
+    for _ in range(2):
+        training = start(settings=settings, **program)
+        assert training.wait() == 1, training.output
+        assert re.search(rf"^error: step {last + 1}: {shown}\. The state before it, after step {last}, is saved",
+                         training.output, flags=re.MULTILINE), training.output  # fmt: skip
+        assert steps_of(tmp_path / "run")[-1] == last
+    if last:
+        start(workdir=tmp_path / "short", settings=settings | {"train.steps": last}).wait()
+        got, wanted = result_of(tmp_path / "run"), result_of(tmp_path / "short")
+        arrays = [name for name in wanted if "[" in name]
+        assert not set(differences(got, wanted)) & set(arrays)
+
+
+def test_parameters_that_overflow_are_not_saved_over_good_ones(start, tmp_path):
+    settings = {"train.save_minutes": 9, "train.eval_every": 5, "optimizer.schedule": "constant"}
+    assert start(settings=settings | {"train.steps": 5}).wait() == 0
+    # A rate that no float32 survives, after five good steps.
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        "import runpy, sys\n"
+        f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "from gpt_jax import trainer\n"
+        "make = trainer.make_optimizer\n"
+        "import optax\n"
+        "trainer.make_optimizer = lambda *a: optax.GradientTransformation(make(*a).init, lambda g, s, p: (\n"
+        "    (lambda u, n: (__import__('jax').tree.map(lambda x: x * 1e38 * 1e38, u), n))(*make(*a).update(g, s, p))))\n"
+        f"sys.argv[0] = {str(REPOSITORY / 'train.py')!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n",
+        encoding="utf-8",
+    )
+    training = start(settings=settings | {"train.steps": 10}, program=driver)
+    assert training.wait() == 1, training.output
+    assert re.search(r"error: step \d+: .*blocks.mlp.up.kernel.* are not finite any more; the newest checkpoint, of "
+                     r"step 5, is kept", training.output), training.output  # fmt: skip
+    assert steps_of(tmp_path / "run")[-1] == 5
+
+
+@pytest.mark.parametrize("skip", [0, 5])
+def test_a_spike_is_shown_and_skipped_where_asked(start, text, tmp_path, skip):
+    settings = {"train.accumulate": 1, "optimizer.skip_above": skip, "train.log_every": 10}
+    training = start(settings=settings, program=DRIVER, environment={"DISTURBANCE": "x spike:24"})
+    assert training.wait() == 0, training.output
+    records = {record["step"]: record for record in read_metrics(tmp_path / "run" / "metrics.jsonl")}
+    if skip:
+        assert re.search(r"^step 25: update left out: gradient norm \S+, above 5 times the median",
+                         training.output, flags=re.MULTILINE)  # fmt: skip
+        assert records[20]["skipped"] == 0 and records[30]["skipped"] == records[40]["skipped"] == 1
+    else:
+        assert re.search(r"^step 25: loss \d\S+ stands out of the 10 before it", training.output,
+                         flags=re.MULTILINE), training.output  # fmt: skip
+        assert "skipped" not in records[30]
+
+
+def test_deterministic_is_one_thread(start, whole, text, tmp_path):
+    """With all cores at hand, the bits are those of one."""
+    use_all = (
+        "import os, sys; os.sched_setaffinity(0, range(os.cpu_count())); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    training = start(prefix=[sys.executable, "-c", use_all], flags=["--deterministic"])
+    assert training.wait() == 0, training.output
+    assert differences(result_of(tmp_path / "run"), result_of(whole)) == []
+
+
+# What surrounds the process.
+
+
+def test_a_clock_that_goes_back(start, whole, faults_library, tmp_path):
+    training = start(environment={"LD_PRELOAD": str(faults_library), "FAULT_CLOCK": "1"})
+    assert training.wait() == 0, training.output
+    assert differences(result_of(tmp_path / "run"), result_of(whole)) == []
+    seconds = [record["seconds"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert seconds == sorted(seconds)
+
+
+def test_the_locale_is_c_and_the_text_is_not(start, tmp_path):
+    text = tmp_path / "näive.txt"
+    text.write_text("naïve — 日本語 \U0001f600\n" * 200, encoding="utf-8")
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    training = start(environment=environment, settings={"data.path": text, "train.sample_length": 100})
+    assert training.wait() == 0, training.output
+    assert "日" in (tmp_path / "run" / "samples.txt").read_text(encoding="utf-8")
+    sample = subprocess.run(
+        [sys.executable, str(REPOSITORY / "sample.py"), "--workdir", str(tmp_path / "run"), "--out",
+         str(tmp_path / "out.txt"), "--length", "50", "--prompt", "日本"],
+        env=os.environ | environment, capture_output=True,
+    )  # fmt: skip
+    assert sample.returncode == 0, sample.stderr
+    assert (tmp_path / "out.txt").read_text(encoding="utf-8").startswith("日本")
+    assert rb"\u65e5\u672c" in sample.stdout
+
+
+@pytest.mark.parametrize("stream", ["closed", "left", "asleep"])
+def test_nobody_reads_the_output(start, whole, tmp_path, stream):
+    """stdout and stderr are closed, or a pipe whose reader has left or never reads."""
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    if stream == "left":
+        os.close(reading)
+    if stream == "asleep":
+        os.write(writing, b"x" * 4096)
+    prefix = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh"] if stream == "closed" else []
+    training = start(prefix=prefix, stdout=writing, stderr=writing)
+    os.close(writing)
+    assert training.process.wait(timeout=200) == 0
+    if stream != "left":
+        os.close(reading)
+    assert differences(result_of(tmp_path / "run"), result_of(whole)) == []
+
+
+def test_sampling_for_a_reader_who_leaves(whole, tmp_path):
+    """`sample.py | head -1`: the file is written all the same."""
+    sample = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "sample.py"), "--workdir", str(whole), "--length", "2000", "--show",
+         "2000", "--out", str(tmp_path / "out.txt")],
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    sample.stdout.close()
+    assert sample.wait(timeout=120) == 0
+    assert len((tmp_path / "out.txt").read_text(encoding="utf-8")) == 2000
+
+
+@pytest.mark.parametrize("columns", [20, 1, 0])
+def test_a_narrow_terminal(start, whole, tmp_path, columns):
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    training = start(stdout=terminal, stderr=terminal, environment={"TERM": "xterm"})
+    os.close(terminal)
+    output = []
+
+    def read():
+        try:
+            while data := os.read(controller, 4096):
+                output.append(data)
+        except OSError:  # the other end is closed
+            pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert training.process.wait(timeout=200) == 0, b"".join(output)
+    reader.join()
+    os.close(controller)
+    assert differences(result_of(tmp_path / "run"), result_of(whole)) == []
+
+
+# What the disk does.
+
+ENOSPC, EROFS, EIO = 28, 30, 5
+
+
+def place(operation, total):
+    """The number of an operation from its part of the whole."""
+    return max(1, round(operation * total))
+
+
+@pytest.fixture(scope="session")
+def operations(text, cache, faults_library, tmp_path_factory):
+    """How many file operations an undisturbed run does in its workdir."""
+    workdir = tmp_path_factory.mktemp("counted") / "run"
+    log = workdir.parent / "log"
+    environment = {"LD_PRELOAD": str(faults_library), "FAULT_ROOT": str(workdir), "FAULT_LOG": str(log)}
+    training = Training(workdir, text, environment=cache | environment)
+    assert training.wait() == 0, training.output
+    return len(log.read_text(encoding="utf-8").splitlines())
+
+
+@pytest.mark.parametrize("part", some(0.5, *[n / 24 for n in range(1, 24)]))
+@pytest.mark.parametrize("error", some(ENOSPC, EIO))
+def test_a_disk_that_fails(start, whole, faults_library, operations, tmp_path, part, error):
+    """From one operation on nothing can be written any more; when it can again, the run goes on."""
+    workdir = tmp_path / "run"
+    environment = {"LD_PRELOAD": str(faults_library), "FAULT_ROOT": str(workdir), "FAULT_DO": str(error),
+                   "FAULT_AT": str(place(part, operations))}  # fmt: skip
+    training = start(environment=environment)
+    assert training.wait() in (1, 2), training.output
+    last = training.output.splitlines()[-1]
+    assert last.startswith("error: ") and str(workdir) in last, training.output
+    assert "Traceback" not in training.output, training.output
+    assert_ends_as(start, whole, workdir)
+
+
+def test_a_workdir_that_cannot_be_written_is_noticed_at_once(start, faults_library, tmp_path):
+    for error, words in ((EROFS, "Read-only file system"), (ENOSPC, "No space left on device")):
+        training = start(
+            environment={"LD_PRELOAD": str(faults_library), "FAULT_ROOT": str(tmp_path / "run"),
+                         "FAULT_DO": str(error), "FAULT_AT": "1"},
+        )  # fmt: skip
+        assert training.wait() == 2
+        assert (
+            f"error: workdir = {tmp_path / 'run'} cannot be written ({words}): choose another"
+            in training.output
+        )
+        assert "compile" not in training.output
+        assert not (tmp_path / "run").exists()
+
+
+def in_a_namespace(script, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    return subprocess.run(
+        ["unshare", "-m", "sh", "-c", script],
+        capture_output=True, text=True, encoding="utf-8", cwd=tmp_path, env=environment,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", some("size=1200k", "ro"))
+def test_a_real_small_or_read_only_file_system(text, cache, tmp_path, kind):
+    """On a tmpfs, where this user may mount one."""
+    (tmp_path / "disk").mkdir()
+    mount = f"mount -t tmpfs -o {kind} none disk"
+    if in_a_namespace(mount, tmp_path).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    settings = SETTINGS | {"model.d_model": 64, "data.path": text}
+    flags = " ".join(f"--config.{key}={value}" for key, value in settings.items())
+    train = (f"{sys.executable} {REPOSITORY}/train.py --config {REPOSITORY}/configs/smoke.py "
+             f"--workdir disk/run {flags}")  # fmt: skip
+    done = in_a_namespace(f"{mount} && {train}; echo status $?; ls disk/run/checkpoints; "
+                          f"cd disk/run/checkpoints/1* && sha256sum -c --quiet SHA256SUMS && echo whole",
+                          tmp_path)  # fmt: skip
+    if kind == "ro":
+        assert "status 2" in done.stdout and "compile" not in done.stdout, done
+        assert "error: workdir = disk/run cannot be written (Read-only file system)" in done.stderr
+    else:
+        assert "status 1" in done.stdout and "whole" in done.stdout, done
+        assert re.search(r"error: .*disk/run.*No space left on device", done.stderr), done.stderr
+
+
+def test_settings_of_another_run_are_refused_with_both_values(start, whole, tmp_path):
+    workdir = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(whole), str(workdir)], check=True)
+    training = start(workdir=workdir, settings={"optimizer.learning_rate": 0.5})
+    assert training.wait() == 2
+    assert "with optimizer.learning_rate = 0.01, not 0.5: keep it" in training.output
+    longer = start(workdir=workdir, settings={"train.steps": 45, "train.eval_every": 15})
+    assert longer.wait() == 0, longer.output
+    assert steps_of(workdir)[-1] == 45
+    assert Path(workdir / "checkpoints" / "45").is_dir()
+
+
+def test_the_undisturbed_run_is_repeatable(text, whole, tmp_path):
+    """What all comparisons here rest on, and from compiled programs to compiled ones."""
+    undisturbed(tmp_path / "run", text)
+    assert differences(result_of(tmp_path / "run"), result_of(whole)) == []
