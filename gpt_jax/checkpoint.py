@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +30,15 @@ UNFINISHED, DELETED, DAMAGED = ".unfinished", ".deleted", ".damaged"
 
 # Orbax logs a traceback for each error that it also raises; here, whoever catches it says it in a line.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+def _ignore_late_answers(event: Any, otherwise: Callable[[Any], None] = sys.unraisablehook) -> None:
+    """After one operation has failed, the answers of the others reach an event loop that Orbax has closed."""
+    if str(event.exc_value) != "Event loop is closed":
+        otherwise(event)
+
+
+sys.unraisablehook = _ignore_late_answers
 
 
 class Checkpoints:
@@ -108,13 +118,14 @@ class Checkpoints:
         """
         path = self.folder / str(step) / METADATA
         try:
-            with path.open("rb") as file:
-                data = file.read(METADATA_BYTES + 1)
-            metadata = json.loads(data)
+            # A pipe would be waited for, and a file without end read without end.
+            if not stat.S_ISREG(path.lstat().st_mode) or path.stat().st_size > METADATA_BYTES:
+                raise DamagedError(f"{path} is not a file, or too large")
+            metadata = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
             raise DamagedError(f"{path}: {_one_line(error)}") from None
-        if len(data) > METADATA_BYTES or not isinstance(metadata, dict):
-            raise DamagedError(f"{path}: not the JSON of a checkpoint")
+        if not isinstance(metadata, dict):
+            raise DamagedError(f"{path} is not the JSON of a checkpoint")
         return metadata
 
     def verify(self, step: int) -> None:
@@ -186,6 +197,11 @@ class Checkpoints:
         except Exception as error:  # Orbax and its store raise all sorts
             raise DamagedError(f"checkpoint {folder} cannot be read: {_one_line(error)}") from None
         return {name: restored[name] for name in targets}
+
+    def disk_size(self, step: int, item: str) -> int:
+        """Bytes that an item takes."""
+        files = (self.folder / str(step) / item).rglob("*")
+        return sum(path.stat().st_size for path in files if path.is_file())
 
     def clean(self) -> None:
         """Remove what a kill left half written or half deleted. Only for who saves."""

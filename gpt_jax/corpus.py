@@ -1,5 +1,6 @@
 """A text file as two runs of token ids, one to train on and one to validate on."""
 
+import codecs
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,22 +54,25 @@ def load_corpus(path: Path, context: int, train_fraction: float) -> Corpus:
 
 
 def read_text(path: Path) -> tuple[str, str]:
-    """The text of a UTF-8 file, and the SHA-256 of its bytes. Line ends stay as they are.
+    """The text of a UTF-8 file, and the SHA-256 of its bytes.
+
+    A byte order mark at the beginning is not part of the text. All else stays as it is, line ends too.
 
     Raises:
         UserError: the file cannot be read or is not UTF-8.
     """
-    if not path.is_file():
-        reason = "is not a regular file" if path.exists() else "does not exist"
-        raise UserError(f"text file {path} {reason}: give the path of a UTF-8 text file")
     try:
+        if not path.is_file():
+            reason = "is not a regular file" if path.exists() else "does not exist"
+            raise UserError(f"text file {path} {reason}: give the path of a UTF-8 text file")
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"text file {path} cannot be read: {error.strerror}") from None
+    text = data.removeprefix(codecs.BOM_UTF8)
     try:
-        return data.decode("utf-8"), hashlib.sha256(data).hexdigest()
+        return text.decode("utf-8"), hashlib.sha256(data).hexdigest()
     except UnicodeDecodeError as error:
+        offset = error.start + len(data) - len(text)
         raise UserError(
-            f"text file {path} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start:,}; "
-            f"save it as UTF-8"
+            f"text file {path} is not UTF-8: byte {data[offset]:#04x} at offset {offset:,}; save it as UTF-8"
         ) from None

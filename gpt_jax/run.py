@@ -20,10 +20,11 @@ from gpt_jax.sampler import generate_tokens
 from gpt_jax.sampling import SamplingRules, make_rules
 from gpt_jax.sharding import make_mesh
 from gpt_jax.tokenizer import CharTokenizer
-from gpt_jax.train_state import abstract_params
+from gpt_jax.train_state import abstract_params, count_params
 from gpt_jax.train_step import SAMPLE_STREAM, stream
 
 WINDOWS = ("half", "exact")
+MOST_COMPRESSION = 100  # no parameters worth reading are packed tighter; a bomb is
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,13 @@ class Metadata:
         Raises:
             UserError: something is missing or not what it should be; it is named.
         """
-        losses, versions = values.get("recent_losses"), values.get("versions")
+        val_loss, losses, versions = map(values.get, ("val_loss", "recent_losses", "versions"))
         sound = {
             "config": True,  # checks itself
             "tokenizer": isinstance(values.get("tokenizer"), str),
             "fingerprint": isinstance(values.get("fingerprint"), str),
             "step": type(values.get("step")) is int,
-            "val_loss": values.get("val_loss", "") is None or type(values["val_loss"]) in (int, float),
+            "val_loss": val_loss is None or type(val_loss) in (int, float),
             "recent_losses": isinstance(losses, list) and all(type(x) in (int, float) for x in losses),
             "versions": isinstance(versions, dict) and all(isinstance(x, str) for x in versions.values()),
         }
@@ -233,6 +234,12 @@ def load(workdir: str | Path, which: str = "best") -> Run:
         mesh = make_mesh(MeshConfig(), jax.devices()[:1])
         target = abstract_params(GPT(config.model, vocab_size), mesh)
         item = "ema_params" if config.optimizer.ema_decay > 0 else "params"
+        n_bytes, on_disk = 4 * count_params(target), checkpoints.disk_size(step, item)
+        if n_bytes > MOST_COMPRESSION * on_disk + 2**20:
+            raise DamagedError(
+                f"checkpoint {checkpoints.folder / str(step)} claims {n_bytes:,} bytes of {item} in "
+                f"{on_disk:,} on disk: it is not what it says"
+            )
         return metadata, checkpoints.restore(step, {item: target})[item]
 
     try:

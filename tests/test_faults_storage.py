@@ -1,0 +1,431 @@
+"""Faults that strike a checkpoint: a save ended at any place, files damaged, files made to do harm."""
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorstore
+from disturb import Training, files_of, spoil, write_text
+
+from gpt_jax import checkpoint, trainer
+from gpt_jax.checkpoint import METADATA, Checkpoints
+from gpt_jax.config import REPOSITORY
+from gpt_jax.errors import RunError, UserError
+from gpt_jax.integrity import CHECKSUMS, DamagedError, seal
+from gpt_jax.run import Metadata, load, read_metadata
+
+pytestmark = pytest.mark.faults
+slow = pytest.mark.slow
+MANY = 10_000  # more file operations than a save has
+
+
+def struck(library, folder, action, first, last=MANY, stride=1, log=None):
+    """What `save_driver.py` says of each case, until one reached the end of the save untouched."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+        "LD_PRELOAD": str(library), "FAULT_ROOT": str(folder), "FAULT_DO": str(action),
+        "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore",
+    }  # fmt: skip
+    if log:
+        environment["FAULT_LOG"] = str(log)
+    process = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "tests" / "save_driver.py"), str(folder), str(first), str(last),
+         str(stride)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
+    )  # fmt: skip
+    cases = []
+    with process.stdout:
+        for line in process.stdout:
+            cases.append(json.loads(line))
+            # How many operations there are changes a little with the order of threads.
+            if len(cases) > 3 and all(case["status"] == 0 for case in cases[-3:]):
+                process.kill()
+                break
+    process.wait()
+    return cases
+
+
+def parts(quick_stride, n_parts):
+    """A quick walk over every so many operations, and a slow one over all in several parts."""
+    walk = [pytest.param(part, n_parts, marks=slow) for part in range(1, n_parts + 1)]
+    return [pytest.param(3, quick_stride), *walk]
+
+
+@pytest.mark.parametrize("first, stride", parts(23, 4))
+@pytest.mark.parametrize(
+    "action, statuses", [("kill", {-9}), pytest.param("tear", {-9}, marks=slow), (28, {1}), pytest.param(5, {1}, marks=slow)]
+)  # fmt: skip
+def test_a_save_ended_between_any_two_file_operations(
+    faults_library, tmp_path, action, statuses, first, stride
+):
+    """Killed, killed within a write, or with every later operation failing (ENOSPC, EIO)."""
+    cases = struck(faults_library, tmp_path, action, first, stride=stride)
+    done = [case for case in cases if case["status"] in statuses]
+    assert len(done) > 100 / stride, cases
+    assert {case["status"] for case in cases} <= statuses | {0}, cases
+    assert not [case for case in cases if case["wrong"]]
+
+
+def test_files_are_on_the_disk_before_names_and_names_before_deletions(faults_library, tmp_path):
+    """write, fsync, rename, fsync of the folder, and only then the old ones go."""
+    log = tmp_path / "log"
+    struck(faults_library, tmp_path / "ops", "kill", MANY, MANY, log=log)
+    lines = [line.split("\t") for line in log.read_text(encoding="utf-8").splitlines()]
+    base = str(tmp_path / "ops" / "struck")
+    done = [n for n, line in enumerate(lines) if line == ["rename", f"{base}/40.unfinished", f"{base}/40"]][0]
+    sealed = tmp_path / "ops" / "struck" / "40"
+    names = [""] + [str(path.relative_to(sealed)) for path in sealed.rglob("*")]
+    assert len(names) > 20
+    checked = 0
+    for name in names:
+        path = f"{base}/40.unfinished/{name}".rstrip("/")
+        synced = [n for n, line in enumerate(lines) if line[:2] == ["fsync", path] and n < done]
+        assert synced, f"{name} is not forced to the disk before the rename"
+        # What changes a file, and what changes the names in a folder.
+        changes = [
+            n for n, (what, a, b) in enumerate(lines)
+            if n < done and (
+                (what == "write" and a == path)
+                or (what in ("open", "mkdir", "delete", "rename")
+                    and path in (a, b, os.path.dirname(a), os.path.dirname(b)))
+            )
+        ]  # fmt: skip
+        assert max(changes, default=0) < synced[-1], name
+        checked += bool(changes)
+    assert checked >= 3  # our own files and the folder; the store's were written under another name
+    named = [n for n, line in enumerate(lines) if line[:2] == ["fsync", base] and n > done][0]
+    removed = [n for n, (what, a, _) in enumerate(lines) if what in ("rename", "delete") and "/10" in a]
+    assert done < named < removed[0]
+    assert lines[removed[0]] == ["rename", f"{base}/10", f"{base}/10.deleted"]
+
+
+def test_what_the_saving_thread_raises_ends_training(tiny_config, tmp_path, monkeypatch):
+    config = tiny_config()
+    assert trainer.train(config, tmp_path / "run") == 0
+
+    def broken(folder):
+        raise ValueError(f"cannot seal {folder.name}")
+
+    monkeypatch.setattr(checkpoint, "seal", broken)
+    longer = tiny_config(train={"steps": 50})
+    with pytest.raises(RunError, match=r"step 30 could not be saved in \S+/checkpoints: ValueError: cannot seal "
+                                       r"30.unfinished; that of step 20 is kept"):  # fmt: skip
+        trainer.train(longer, tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["10", "20"]
+    monkeypatch.undo()
+    assert trainer.train(longer, tmp_path / "run") == 0
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A small run with two checkpoints, made once; tests take copies of it."""
+    base = tmp_path_factory.mktemp("trained")
+    cache = {"JAX_COMPILATION_CACHE_DIR": os.environ["GPT_JAX_TEST_CACHE"], "TF_CPP_MIN_LOG_LEVEL": "3"}
+    training = Training(base / "run", write_text(base / "text.txt"), {"train.steps": 20}, cache)
+    assert training.wait() == 0, training.output
+    assert Checkpoints(base / "run" / "checkpoints").steps() == [10, 20]
+    return base / "run"
+
+
+@pytest.fixture
+def workdir(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_every_file_damaged_in_every_way_is_noticed_and_named(trained, tmp_path):
+    """Every file deleted, truncated, emptied, and with its first, middle and last byte changed; 200 random bits."""
+    step = trained / "checkpoints" / "20"
+    checkpoints = Checkpoints(trained / "checkpoints")
+    chance = random.Random(0)
+    files = files_of(step)
+    places = [(path, how, place) for path in files for how, place in (
+        ("delete", 0), ("truncate", 0), ("flip", 0), ("flip", path.stat().st_size // 2), ("flip", -1),
+    )]  # fmt: skip
+    for path in chance.choices(files, k=200):
+        places.append((path, "flip", chance.randrange(path.stat().st_size)))
+    checkpoints.verify(20)
+    for path, how, place in places:
+        good = path.read_bytes()
+        spoil(path, how, place)
+        with pytest.raises(DamagedError, match=re.escape(str(path.relative_to(step)))):
+            checkpoints.verify(20)
+        path.write_bytes(good)
+    (step / "params" / "new").write_text("x", encoding="utf-8")
+    with pytest.raises(DamagedError, match="params/new does not belong there"):
+        checkpoints.verify(20)
+    (step / "params" / "new").unlink()
+    checkpoints.verify(20)
+    assert len(places) > 300
+
+
+def test_a_damaged_checkpoint_is_never_sampled_from(workdir, capsys):
+    good = load(workdir, "last").params
+    spoil(files_of(workdir / "checkpoints" / "20" / "params")[0], "flip", 3)
+    run = load(workdir, "last")
+    assert run.step == 10 and run.metadata.step == 10
+    assert re.search(
+        r"WARNING: checkpoint \S+/20 is damaged: params/\S+ was changed. Trying an older",
+        capsys.readouterr().err,
+    )
+    assert not np.array_equal(run.params["final_norm"]["scale"], good["final_norm"]["scale"])
+    spoil(workdir / "checkpoints" / "10" / METADATA, "delete")
+    with pytest.raises(RunError, match=r"is whole \(20, 10 tried\); nothing was changed"):
+        load(workdir, "best")
+
+
+def test_a_checkpoint_that_is_deleted_meanwhile_is_no_damage(workdir, capsys, monkeypatch):
+    """A sampler reads while a trainer deletes."""
+    verify = Checkpoints.verify
+
+    def deleted(self, step):
+        if step == 20:
+            shutil.rmtree(self.folder / "20")
+        verify(self, step)
+
+    monkeypatch.setattr(Checkpoints, "verify", deleted)
+    assert load(workdir, "last").step == 10
+    assert capsys.readouterr().err == ""
+
+
+def test_an_array_of_another_shape_is_named_with_both(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, {"params": {"a": {"kernel": jnp.zeros((2, 3))}, "old": jnp.zeros(1)}}, {})
+    checkpoints.wait()
+    a = jax.ShapeDtypeStruct((2, 4), jnp.float32)
+    with pytest.raises(UserError, match=r"params.a.kernel has shape \(2, 3\) there, \(2, 4\) in the model"):
+        checkpoints.restore(1, {"params": {"a": {"kernel": a}}})
+    a = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    with pytest.raises(UserError, match=r"params.old has shape \(1,\) there, none in the model"):
+        checkpoints.restore(1, {"params": {"a": {"kernel": a}}})
+    with pytest.raises(UserError, match=r"params.new has shape none there, \(2, 3\) in the model"):
+        checkpoints.restore(
+            1, {"params": {"a": {"kernel": a}, "old": jax.ShapeDtypeStruct((1,), jnp.float32), "new": a}}
+        )
+    checkpoints.close()
+
+
+# Files made to do harm: their checksums are right, since whoever made them made those too.
+
+
+class Harmful:
+    """Unpickled, it makes the file."""
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return (Path.touch, (self.canary,))
+
+
+def only(workdir, step):
+    """Leave one checkpoint, so that no other can be taken."""
+    for path in (workdir / "checkpoints").iterdir():
+        if path.name != str(step):
+            shutil.rmtree(path)
+    return workdir / "checkpoints" / str(step)
+
+
+def reseal(step):
+    (step / CHECKSUMS).unlink(missing_ok=True)
+    seal(step)
+
+
+def test_a_pickle_anywhere_runs_no_code(workdir, tmp_path):
+    step, canary = only(workdir, 20), tmp_path / "canary"
+    harm = pickle.dumps(Harmful(canary))
+    pickle.loads(harm)
+    assert canary.exists()  # it works
+    canary.unlink()
+    refused = 0
+    for path in files_of(step):
+        if path.name == CHECKSUMS:
+            continue
+        good = path.read_bytes()
+        path.write_bytes(harm)
+        reseal(step)
+        try:
+            load(workdir)
+        except (UserError, RunError):
+            refused += 1
+        assert not canary.exists(), path
+        path.write_bytes(good)
+    assert refused >= 4  # metadata.json, and what of ema_params holds arrays; the rest is not read
+
+
+@pytest.mark.parametrize("name", ["../../../outside", "/etc/hostname", "params/../../../outside", "a\nb"])
+def test_names_that_lead_outside_lead_nowhere(workdir, name):
+    step = only(workdir, 20)
+    (workdir.parent / "outside").write_text("x", encoding="utf-8")
+    lines = (step / CHECKSUMS).read_text(encoding="utf-8").rpartition("# ")[0] + f"{'0' * 64}  {name}\n"
+    (step / CHECKSUMS).write_text(
+        f"{lines}# {hashlib.sha256(lines.encode()).hexdigest()}\n", encoding="utf-8"
+    )
+    with pytest.raises(RunError, match="is whole"):
+        load(workdir)
+
+
+@pytest.mark.parametrize("kind", ["link", "folder link", "step link", "pipe"])
+def test_links_and_pipes_are_refused(workdir, tmp_path, kind):
+    step = only(workdir, 20)
+    target = {"folder link": step / "ema_params", "step link": step}.get(kind, step / METADATA)
+    target.rename(tmp_path / "elsewhere")
+    if kind == "pipe":
+        os.mkfifo(target)
+    else:
+        target.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match="is whole"):
+        load(workdir)
+
+
+HOSTILE_LOADER = """
+import json, resource, sys
+sys.path.insert(0, sys.argv[1])
+from gpt_jax.errors import RunError, UserError
+from gpt_jax.run import load
+load(sys.argv[2])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for workdir in sys.argv[3:]:
+    try:
+        load(workdir)
+        said = "loaded"
+    except (RunError, UserError) as error:
+        said = str(error)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(json.dumps([workdir, said, grown]), flush=True)
+"""
+
+
+def hostile_length(step):
+    """An OCDBT file begins with 4 bytes of its own and 8 of its length."""
+    for path in (step / "ema_params").rglob("manifest.ocdbt"):
+        data = bytearray(path.read_bytes())
+        data[4:12] = (10 * 2**30).to_bytes(8, "little")
+        path.write_bytes(data)
+
+
+def hostile_shape(step):
+    """An array of 64 GB that takes no room: settings, metadata and store agree, and no chunk is there."""
+    metadata = json.loads((step / METADATA).read_text(encoding="utf-8"))
+    metadata["config"]["model"]["d_mlp"] = 10**9
+    (step / METADATA).write_text(json.dumps(metadata), encoding="utf-8")
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{step / 'ema_params'}/"}).result()
+    for key, old, new in (("blocks.mlp.up.kernel", 64, 10**9), ("blocks.mlp.down.kernel", 64, 10**9)):
+        name = f"{key}/.zarray".encode()
+        array = json.loads(store.read(name).result().value)
+        for field in ("shape", "chunks"):
+            array[field] = [new if size == old else size for size in array[field]]
+        store.write(name, json.dumps(array).encode()).result()
+    for path in (step / "ema_params" / "array_metadatas").iterdir():
+        path.unlink()
+
+
+def hostile_settings(step):
+    metadata = json.loads((step / METADATA).read_text(encoding="utf-8"))
+    metadata["config"]["model"] |= {"n_layer": 2**31, "d_model": 2**31, "n_head": 1, "d_mlp": 2**31}
+    (step / METADATA).write_text(json.dumps(metadata), encoding="utf-8")
+
+
+def hostile_depth(step):
+    for path in (step / METADATA, step / "ema_params" / "_METADATA", step / "_CHECKPOINT_METADATA"):
+        path.write_text("[" * 1_000_000, encoding="utf-8")
+
+
+def hostile_size(step):
+    with (step / METADATA).open("r+b") as file:
+        file.truncate(2**33)  # 8 GB, of which none is on the disk
+
+
+HOSTILE = [hostile_length, hostile_shape, hostile_settings, hostile_depth, hostile_size]
+
+
+def test_bombs_are_refused_in_bounded_time_and_memory(trained, tmp_path):
+    for make in HOSTILE:
+        shutil.copytree(trained, tmp_path / make.__name__)
+        step = only(tmp_path / make.__name__, 20)
+        make(step)
+        reseal(step)
+    done = subprocess.run(
+        [sys.executable, "-c", HOSTILE_LOADER, str(REPOSITORY), str(trained),
+         *(str(tmp_path / make.__name__) for make in HOSTILE)],
+        capture_output=True, text=True, encoding="utf-8", timeout=120,
+        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+    )  # fmt: skip
+    said = {
+        Path(workdir).name: (said, grown)
+        for workdir, said, grown in map(json.loads, done.stdout.splitlines())
+    }
+    assert said.keys() == {make.__name__ for make in HOSTILE}, done.stderr
+    for name, (what, grown) in said.items():
+        assert what != "loaded", name
+        assert grown < 1_000_000, f"{name}: {grown} KiB"  # the 8 GB file is read for its checksum, in parts
+    assert re.search(r"claims 128,\d+,\d+,\d+ bytes of ema_params in [\d,]{6,8} on disk", done.stderr), (
+        done.stderr
+    )
+
+
+def test_ten_thousand_mutated_metadata_files(workdir):
+    """Each is read as what it says, or refused as damaged; never anything else."""
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    path = workdir / "checkpoints" / "20" / METADATA
+    good = path.read_bytes()
+    chance = random.Random(0)
+    refused = read = 0
+    tokens = [
+        b"null",
+        b"true",
+        b"-1",
+        b"1e999",
+        b"NaN",
+        b"[]",
+        b"{}",
+        b'"x"',
+        b"9" * 30,
+        b"9" * 5000,
+        b"0.5",
+        b"\xff",
+    ]
+    for _ in range(10_000):
+        data = bytearray(good)
+        for _ in range(chance.randrange(1, 4)):
+            place = chance.randrange(len(data))
+            match chance.randrange(4):
+                case 0:
+                    data[place] = chance.randrange(256)
+                case 1:
+                    del data[place : place + chance.randrange(1, 30)]
+                case 2:
+                    data[place:place] = chance.choice(tokens)
+                case 3:  # a value by another one
+                    values = list(re.finditer(rb'(?<=: )("[^"]*"|[\d.]+|null|true|false)', data))
+                    value = chance.choice(values)
+                    data[value.start() : value.end()] = chance.choice(tokens)
+        path.write_bytes(data)
+        try:
+            assert isinstance(read_metadata(checkpoints, 20), Metadata)
+            read += 1
+        except DamagedError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        assert checkpoints.best_first()[-1] in (10, 20)
+    assert refused > 5_000 and read > 100, (refused, read)
+
+
+def test_the_limit_of_memory_is_worth_something():
+    """The measure that the test of bombs uses does grow."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    block = np.ones(2**27)  # 1 GiB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before > 500_000 or before > 1_500_000, block[
+        0
+    ]
