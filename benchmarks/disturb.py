@@ -50,9 +50,12 @@ class Training:
         program: Path = REPOSITORY / "train.py",
         flags: Sequence[str] = (),
         prefix: Sequence[str] = (),
-        **popen: Any,
+        stdout: int | None = None,
     ):
-        """Start it, on the cores that this process has; `prefix` is a command that starts commands."""
+        """Start it, on the cores that this process has; `prefix` is a command that starts commands.
+
+        `stdout` is a file descriptor to write to instead of a pipe that `wait_for` and `wait` read.
+        """
         settings = SETTINGS | dict(settings or {})
         config = REPOSITORY / "configs" / "smoke.py"
         drop = ("XLA_FLAGS", "PYTEST_CURRENT_TEST")
@@ -62,8 +65,10 @@ class Training:
             [*prefix, sys.executable, str(program), "--config", str(config), f"--config.data.path={text}",
              f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in settings.items()), *flags],
             env=kept | {"JAX_PLATFORMS": "cpu"} | dict(environment or {}),
-            **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "encoding": "utf-8"}
-            | popen,
+            stdout=subprocess.PIPE if stdout is None else stdout,
+            stderr=subprocess.STDOUT if stdout is None else stdout,
+            text=True,
+            encoding="utf-8",
         )  # fmt: skip
 
     def wait_for(self, beginning: str) -> bool:

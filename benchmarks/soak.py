@@ -2,10 +2,11 @@
 
     taskset -c 0 python benchmarks/soak.py --minutes 60
 
-One run after another is trained to its end by `train.py`, each disturbed at random instants: SIGKILL, SIGTERM or
-Ctrl-C (often twice), and between two processes now and then a damaged file in the newest checkpoint. At its
-end a run must equal the undisturbed one bit for bit: parameters, moving average, optimizer state, metrics
-and samples. Prints a line for each run, and the counts at the end; exit status 1 if anything differs.
+One run after another is trained to its end by `train.py`, each disturbed at random instants: SIGKILL,
+SIGTERM or Ctrl-C (often twice), and between two processes now and then a damaged file in the newest
+checkpoint. At its end a run must equal the undisturbed one bit for bit: parameters, moving average,
+optimizer state, metrics and samples. Prints a line for each run, and the counts at the end; exit status
+1 if anything differs.
 """
 
 import argparse

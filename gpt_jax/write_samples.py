@@ -63,10 +63,11 @@ def write_samples(
     stopped = False
     try:
         for texts in pieces:
-            print(texts[0][:to_show], end="", flush=True)
-            to_show = max(to_show - len(texts[0]), 0)
+            # First kept, then shown: what a person has seen is in the file, whenever Ctrl-C comes.
             for sample, text in zip(grown, texts, strict=True):
                 sample.append(text)
+            print(texts[0][:to_show], end="", flush=True)
+            to_show = max(to_show - len(texts[0]), 0)
     except KeyboardInterrupt:
         stopped = True  # what there is gets written
     seconds = max(time.monotonic() - begun, 1e-9)

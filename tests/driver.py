@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -100,6 +101,19 @@ match WHERE.split(":"):
         spoil_step(int(step), lambda params, here: jnp.sqrt(jnp.where(here, 0 * up_sum(params), 0.0625)))
     case ["spike", step]:
         spoil_step(int(step), lambda params, here: jnp.where(here, 5 + 100 * up_sum(params) ** 2, 0.0))
+    case ["overflow"]:  # updates that no float32 survives
+        make = trainer.make_optimizer
+
+        def overflowing(*arguments):
+            init, update = make(*arguments)
+
+            def spoiled(gradient, state, params):
+                updates, state = update(gradient, state, params)
+                return jax.tree.map(lambda u: u * 1e38 * 1e38, updates), state
+
+            return optax.GradientTransformation(init, spoiled)
+
+        trainer.make_optimizer = overflowing
 
 sys.argv[0] = str(REPOSITORY / "train.py")
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,8 +1,8 @@
-"""Saves checkpoints in processes of their own, each ended at another file operation, and looks at what is left.
+"""Saves checkpoints in processes of their own, ends each at another file operation, looks at what is left.
 
     LD_PRELOAD=faults.so FAULT_ROOT=... FAULT_DO=kill python save_driver.py FOLDER FIRST LAST STRIDE
 
-One line of JSON for each operation: its number, whether the process was ended there, and what was wrong after it.
+One line of JSON for each operation: its number, how the process ended, and what was wrong after it.
 The libraries are imported once; each case is a fork made before JAX starts its threads.
 """
 

@@ -11,11 +11,20 @@ import subprocess
 import sys
 import termios
 import threading
+from errno import EIO, ENOSPC, EROFS
 from pathlib import Path
 
 import pytest
 from disturb import (
-    SETTINGS, Training, differences, files_of, result_of, spoil, spoil_something, steps_of, undisturbed,
+    SETTINGS,
+    Training,
+    differences,
+    files_of,
+    result_of,
+    spoil,
+    spoil_something,
+    steps_of,
+    undisturbed,
     write_text,
 )  # fmt: skip
 
@@ -167,7 +176,7 @@ def test_two_trainers_on_one_workdir(start, whole, tmp_path):
 
 
 @pytest.mark.parametrize("spoiled", some("nothing", "metadata.json", "SHA256SUMS", "params"))
-@pytest.mark.parametrize("seed", some(*range(5)))
+@pytest.mark.parametrize("seed", some(*range(3)))
 def test_a_damaged_newest_checkpoint_is_stepped_around(start, whole, tmp_path, spoiled, seed):
     """Bits, bytes or files gone: the older one is used, loudly, to the same end."""
     workdir = tmp_path / "run"
@@ -202,12 +211,12 @@ def test_when_all_checkpoints_are_bad_nothing_is_touched(start, whole, tmp_path)
     training = start(workdir=workdir)
     assert training.wait() == 1
     assert re.search(
-        r"^error: no checkpoint in \S+/checkpoints is whole \(40, 30 tried\); nothing was changed there. Put a "
-        r"copy back, or start another run with another --workdir$",
+        r"^error: no checkpoint in \S+/checkpoints is whole \(40, 30 tried\); nothing was changed there. "
+        r"Put a copy back, or start another run with another --workdir$",
         training.output, flags=re.MULTILINE,
     ), training.output  # fmt: skip
     sample = subprocess.run(
-        [sys.executable, str(REPOSITORY / "sample.py"), "--workdir", str(workdir), "--out", str(tmp_path / "o")],
+        [sys.executable, str(REPOSITORY / "sample.py"), "--workdir", workdir, "--out", tmp_path / "o"],
         capture_output=True, text=True, encoding="utf-8",
     )  # fmt: skip
     assert sample.returncode == 1 and "is whole (40, 30 tried)" in sample.stderr, sample.stderr
@@ -246,8 +255,8 @@ def test_a_nan_stops_the_run_and_is_never_saved(start, text, cache, tmp_path, wh
     for _ in range(2):
         training = start(settings=settings, **program)
         assert training.wait() == 1, training.output
-        assert re.search(rf"^error: step {last + 1}: {shown}\. The state before it, after step {last}, is saved",
-                         training.output, flags=re.MULTILINE), training.output  # fmt: skip
+        wanted = rf"^error: step {last + 1}: {shown}\. The state before it, after step {last}, is saved"
+        assert re.search(wanted, training.output, flags=re.MULTILINE), training.output
         assert steps_of(tmp_path / "run")[-1] == last
     if last:
         start(workdir=tmp_path / "short", settings=settings | {"train.steps": last}).wait()
@@ -259,24 +268,13 @@ def test_a_nan_stops_the_run_and_is_never_saved(start, text, cache, tmp_path, wh
 def test_parameters_that_overflow_are_not_saved_over_good_ones(start, tmp_path):
     settings = {"train.save_minutes": 9, "train.eval_every": 5, "optimizer.schedule": "constant"}
     assert start(settings=settings | {"train.steps": 5}).wait() == 0
-    # A rate that no float32 survives, after five good steps.
-    driver = tmp_path / "driver.py"
-    driver.write_text(
-        "import runpy, sys\n"
-        f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "from gpt_jax import trainer\n"
-        "make = trainer.make_optimizer\n"
-        "import optax\n"
-        "trainer.make_optimizer = lambda *a: optax.GradientTransformation(make(*a).init, lambda g, s, p: (\n"
-        "    (lambda u, n: (__import__('jax').tree.map(lambda x: x * 1e38 * 1e38, u), n))(*make(*a).update(g, s, p))))\n"
-        f"sys.argv[0] = {str(REPOSITORY / 'train.py')!r}\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n",
-        encoding="utf-8",
-    )
-    training = start(settings=settings | {"train.steps": 10}, program=driver)
+    overflow = {"DISTURBANCE": "x overflow"}
+    training = start(settings=settings | {"train.steps": 10}, program=DRIVER, environment=overflow)
     assert training.wait() == 1, training.output
-    assert re.search(r"error: step \d+: .*blocks.mlp.up.kernel.* are not finite any more; the newest checkpoint, of "
-                     r"step 5, is kept", training.output), training.output  # fmt: skip
+    assert re.search(
+        r"error: step \d+: .*blocks.mlp.up.kernel.* are not finite any more; the newest checkpoint, "
+        r"of step 5, is kept", training.output,
+    ), training.output  # fmt: skip
     assert steps_of(tmp_path / "run")[-1] == 5
 
 
@@ -334,7 +332,7 @@ def test_the_locale_is_c_and_the_text_is_not(start, tmp_path):
     assert rb"\u65e5\u672c" in sample.stdout
 
 
-@pytest.mark.parametrize("stream", ["closed", "left", "asleep"])
+@pytest.mark.parametrize("stream", some("closed", "left", "asleep"))
 def test_nobody_reads_the_output(start, whole, tmp_path, stream):
     """stdout and stderr are closed, or a pipe whose reader has left or never reads."""
     reading, writing = os.pipe()
@@ -344,7 +342,7 @@ def test_nobody_reads_the_output(start, whole, tmp_path, stream):
     if stream == "asleep":
         os.write(writing, b"x" * 4096)
     prefix = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh"] if stream == "closed" else []
-    training = start(prefix=prefix, stdout=writing, stderr=writing)
+    training = start(prefix=prefix, stdout=writing)
     os.close(writing)
     assert training.process.wait(timeout=200) == 0
     if stream != "left":
@@ -364,11 +362,11 @@ def test_sampling_for_a_reader_who_leaves(whole, tmp_path):
     assert len((tmp_path / "out.txt").read_text(encoding="utf-8")) == 2000
 
 
-@pytest.mark.parametrize("columns", [20, 1, 0])
+@pytest.mark.parametrize("columns", some(20, 1, 0))
 def test_a_narrow_terminal(start, whole, tmp_path, columns):
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    training = start(stdout=terminal, stderr=terminal, environment={"TERM": "xterm"})
+    training = start(stdout=terminal, environment={"TERM": "xterm"})
     os.close(terminal)
     output = []
 
@@ -389,8 +387,6 @@ def test_a_narrow_terminal(start, whole, tmp_path, columns):
 
 # What the disk does.
 
-ENOSPC, EROFS, EIO = 28, 30, 5
-
 
 def place(operation, total):
     """The number of an operation from its part of the whole."""
@@ -408,9 +404,15 @@ def operations(text, cache, faults_library, tmp_path_factory):
     return len(log.read_text(encoding="utf-8").splitlines())
 
 
-@pytest.mark.parametrize("part", some(0.5, *[n / 24 for n in range(1, 24)]))
-@pytest.mark.parametrize("error", some(ENOSPC, EIO))
-def test_a_disk_that_fails(start, whole, faults_library, operations, tmp_path, part, error):
+@pytest.mark.parametrize(
+    "error, part",
+    some(
+        (ENOSPC, 0.5),
+        *[(ENOSPC, n / 12) for n in range(1, 12) if n != 6],
+        *[(EIO, n / 5) for n in range(1, 5)],
+    ),
+)
+def test_a_disk_that_fails(start, whole, faults_library, operations, tmp_path, error, part):
     """From one operation on nothing can be written any more; when it can again, the run goes on."""
     workdir = tmp_path / "run"
     environment = {"LD_PRELOAD": str(faults_library), "FAULT_ROOT": str(workdir), "FAULT_DO": str(error),

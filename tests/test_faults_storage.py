@@ -1,5 +1,6 @@
 """Faults that strike a checkpoint: a save ended at any place, files damaged, files made to do harm."""
 
+import errno
 import hashlib
 import json
 import os
@@ -64,8 +65,14 @@ def parts(quick_stride, n_parts):
 
 @pytest.mark.parametrize("first, stride", parts(23, 4))
 @pytest.mark.parametrize(
-    "action, statuses", [("kill", {-9}), pytest.param("tear", {-9}, marks=slow), (28, {1}), pytest.param(5, {1}, marks=slow)]
-)  # fmt: skip
+    "action, statuses",
+    [
+        ("kill", {-9}),
+        (errno.ENOSPC, {1}),
+        pytest.param("tear", {-9}, marks=slow),
+        pytest.param(errno.EIO, {1}, marks=slow),
+    ],
+)
 def test_a_save_ended_between_any_two_file_operations(
     faults_library, tmp_path, action, statuses, first, stride
 ):
@@ -83,7 +90,7 @@ def test_files_are_on_the_disk_before_names_and_names_before_deletions(faults_li
     struck(faults_library, tmp_path / "ops", "kill", MANY, MANY, log=log)
     lines = [line.split("\t") for line in log.read_text(encoding="utf-8").splitlines()]
     base = str(tmp_path / "ops" / "struck")
-    done = [n for n, line in enumerate(lines) if line == ["rename", f"{base}/40.unfinished", f"{base}/40"]][0]
+    done = lines.index(["rename", f"{base}/40.unfinished", f"{base}/40"])
     sealed = tmp_path / "ops" / "struck" / "40"
     names = [""] + [str(path.relative_to(sealed)) for path in sealed.rglob("*")]
     assert len(names) > 20
@@ -104,7 +111,7 @@ def test_files_are_on_the_disk_before_names_and_names_before_deletions(faults_li
         assert max(changes, default=0) < synced[-1], name
         checked += bool(changes)
     assert checked >= 3  # our own files and the folder; the store's were written under another name
-    named = [n for n, line in enumerate(lines) if line[:2] == ["fsync", base] and n > done][0]
+    named = next(n for n, line in enumerate(lines) if line[:2] == ["fsync", base] and n > done)
     removed = [n for n, (what, a, _) in enumerate(lines) if what in ("rename", "delete") and "/10" in a]
     assert done < named < removed[0]
     assert lines[removed[0]] == ["rename", f"{base}/10", f"{base}/10.deleted"]
@@ -119,8 +126,10 @@ def test_what_the_saving_thread_raises_ends_training(tiny_config, tmp_path, monk
 
     monkeypatch.setattr(checkpoint, "seal", broken)
     longer = tiny_config(train={"steps": 50})
-    with pytest.raises(RunError, match=r"step 30 could not be saved in \S+/checkpoints: ValueError: cannot seal "
-                                       r"30.unfinished; that of step 20 is kept"):  # fmt: skip
+    message = (
+        "step 30 could not be saved in .*: ValueError: cannot seal 30.unfinished; that of step 20 is kept"
+    )
+    with pytest.raises(RunError, match=message):
         trainer.train(longer, tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["10", "20"]
     monkeypatch.undo()
@@ -145,7 +154,7 @@ def workdir(trained, tmp_path):
 
 
 def test_every_file_damaged_in_every_way_is_noticed_and_named(trained, tmp_path):
-    """Every file deleted, truncated, emptied, and with its first, middle and last byte changed; 200 random bits."""
+    """Each deleted, truncated, and with its first, middle and last byte changed; and 200 random bytes."""
     step = trained / "checkpoints" / "20"
     checkpoints = Checkpoints(trained / "checkpoints")
     chance = random.Random(0)

@@ -6,7 +6,15 @@ import pytest
 from conftest import init, small_model
 
 from gpt_jax.config import OptimizerConfig
-from gpt_jax.optimizer import is_matrix, make_optimizer, make_schedule
+from gpt_jax.optimizer import (
+    LEAST_NORMS,
+    MEDIAN_OF,
+    count_skipped,
+    is_matrix,
+    make_optimizer,
+    make_schedule,
+    skip_spikes,
+)
 
 
 def rates(steps=100, **settings):
@@ -136,3 +144,32 @@ def test_muon_moves_each_block_matrix_along_an_orthogonal_one():
     # adds b1 (1 - b1) / (1 - b1^2) of it.
     wanted = 1e-3 * (1 + 0.9 * 0.1 / 0.19)
     np.testing.assert_allclose(np.abs(updates["token_embedding"]["embedding"]), wanted, rtol=2e-3)
+
+
+def test_spikes_are_skipped_and_leave_no_trace():
+    """Against a reference in NumPy: the median of the newest norms, spikes among them."""
+    rng = np.random.default_rng(0)
+    norms = rng.uniform(0.5, 2, 150)
+    norms[rng.choice(150, 30, replace=False)] *= 10
+    norms[100:] *= 10  # a rise that lasts is not skipped for ever
+    params = {"a": jnp.zeros(4), "b": jnp.zeros(3)}
+    direction = {"a": jnp.array([0.6, 0, 0, 0]), "b": jnp.array([0, 0.8, 0])}
+    optimizer = skip_spikes(optax.adam(0.1), 3.0)
+    plain = optax.adam(0.1)
+    state, plain_state = optimizer.init(params), plain.init(params)
+    assert int(count_skipped(state)) == 0 == int(count_skipped(plain_state))
+    update, plain_update = jax.jit(optimizer.update), jax.jit(plain.update)
+    skipped = 0
+    for n, norm in enumerate(norms):
+        gradient = jax.tree.map(lambda x, norm=norm: x * norm, direction)
+        updates, state = update(gradient, state, params)
+        before = np.float32(norms[max(0, n - MEDIAN_OF) : n])
+        if n >= LEAST_NORMS and np.float32(norm) > 3 * np.median(before):
+            skipped += 1
+            assert all((u == 0).all() for u in jax.tree.leaves(updates))
+        else:
+            wanted, plain_state = plain_update(gradient, plain_state, params)
+            jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), updates, wanted)
+        assert int(count_skipped(state)) == skipped
+    assert 15 < skipped < 80
+    assert np.sum(norms[-20:] > 3 * 1.25) > 15  # the last ones are all large, and none of them is left out

@@ -1,0 +1,187 @@
+"""What people put in: texts to train on, prompts and rules to sample by. The README has a table of it."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gpt_jax
+from gpt_jax import trainer
+from gpt_jax.config import REPOSITORY, Config
+from gpt_jax.corpus import load_corpus, read_text
+from gpt_jax.errors import UserError
+from gpt_jax.sampling import make_rules
+from gpt_jax.write_samples import write_samples
+
+pytestmark = pytest.mark.faults
+LINE = "to be or not to be, that is the question\n"
+
+
+@pytest.mark.parametrize(
+    "data, characters",
+    [
+        (b"\xef\xbb\xbf" + LINE.encode() * 50, "".join(sorted(set(LINE)))),  # BOM: no part of the text
+        (LINE.replace("\n", "\r\n").encode() * 50, "".join(sorted(set(LINE + "\r")))),  # CRLF: two characters
+        (b"a\x00b\x00" * 200, "\x00ab"),  # NUL: a character like others
+        (b"a" * 400, "a"),  # one character repeated: nothing to learn, and no fault
+        ("\U0001f600é".encode() * 200, "é\U0001f600"),
+    ],
+    ids=["bom", "crlf", "nul", "one character", "beyond ascii"],
+)
+def test_unusual_texts_train_and_sample(tiny_config, text_file, tmp_path, data, characters):
+    text_file.write_bytes(data)
+    assert load_corpus(text_file, 16, 0.9).tokenizer.characters == characters
+    muon = {"name": "muon"} if characters == "a" else {}  # zero gradients must not become NaN
+    config = tiny_config(train={"steps": 4, "eval_every": 2, "sample_length": 5}, optimizer=muon)
+    assert trainer.train(config, tmp_path / "run") == 0
+    text = gpt_jax.load(tmp_path / "run").generate("", length=20)
+    assert len(text) == 20 and set(text) <= set(characters)
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"", "has 0 characters: its training split of 0 is shorter than one window"),
+        (b"\xef\xbb\xbf", "has 0 characters"),
+        (b"a" * 100, "its validation split of 10 is shorter than one window of model.context . 1 = 17"),
+        (b"a" * 18, "its training split of 16 is shorter"),
+        (LINE.encode("utf-16") * 20, "is not UTF-8: byte 0xff at offset 0; save it as UTF-8"),
+        (b"\xef\xbb\xbfcaf\xe9" * 90, "is not UTF-8: byte 0xe9 at offset 6"),
+    ],
+    ids=["empty", "only a bom", "short validation", "short training", "utf-16", "latin-1 after a bom"],
+)
+def test_texts_that_are_refused(text_file, data, message):
+    text_file.write_bytes(data)
+    with pytest.raises(UserError, match=message) as error:
+        load_corpus(text_file, 16, 0.9)
+    assert "\n" not in str(error.value) and str(text_file) in str(error.value)
+
+
+def test_folders_and_pipes_are_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UserError, match="is not a regular file"):
+            read_text(path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_text_without_permission_as_another_user(tmp_path):
+    text = tmp_path / "secret.txt"
+    text.write_text(LINE * 50, encoding="utf-8")
+    text.chmod(0o600)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(UserError, match="cannot be read: Permission denied"):
+            read_text(text)
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A model of seconds that knows the characters of `LINE`, with a context of 16."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "text.txt").write_text(LINE * 50, encoding="utf-8")
+    config = Config.from_dict(
+        {
+            "model": {"n_layer": 1, "n_head": 2, "d_model": 16, "context": 16},
+            "data": {"path": str(folder / "text.txt")},
+            "train": {"steps": 4, "batch_size": 8, "sample_length": 0},
+            "optimizer": {"warmup_steps": 1},
+            "mesh": {"data": 1},
+        }
+    )
+    assert trainer.train(config, folder / "run") == 0
+    return folder / "run"
+
+
+def sample(run, out, **arguments):
+    """By the way of sample.py; what it wrote."""
+    rules = {k: arguments.pop(k) for k in ("temperature", "top_k", "top_p", "min_p") if k in arguments}
+    flags = {
+        "workdir": run, "which": "last", "prompt": "", "prompt_file": None, "length": 40, "num_samples": 1,
+        "seed": 0, "window": "half", "show": 0, "out": out,
+    }  # fmt: skip
+    write_samples(rules=make_rules(**rules), **flags | arguments)
+    return out.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"prompt": ""}, {"prompt": "to be"}, {"prompt": LINE[:-1] * 9}, {"length": 0}, {"temperature": 0},
+        {"temperature": 1e-40}, {"temperature": 1e30}, {"top_k": 1}, {"top_k": 10**12}, {"top_p": 1e-9},
+        {"top_p": 1}, {"min_p": 0}, {"min_p": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_can_be_sampled_and_both_ways_agree(run, tmp_path, arguments):
+    text = sample(run, tmp_path / "out.txt", **arguments)
+    prompt, length = arguments.get("prompt", ""), arguments.get("length", 40)
+    assert text.startswith(prompt) and len(text) == len(prompt) + length
+    generated = gpt_jax.load(run, "last").generate(**{"prompt": "", "length": 40} | arguments)
+    assert prompt + generated == text
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"prompt": "café"}, "never seen: 'c' 'f' 'é'"),
+        ({"length": -1}, "length = -1 must be 0 or above"),
+        ({"temperature": -0.5}, "temperature = -0.5 must be a number of 0"),
+        ({"temperature": float("nan")}, "temperature = nan must be"),
+        ({"temperature": float("inf")}, "temperature = inf must be"),
+        ({"top_k": 0}, "top_k = 0 must be 1 or above"),
+        ({"top_k": -3}, "top_k = -3 must be 1 or above"),
+        *(({"top_p": p}, f"top_p = {p} must lie in") for p in (0.0, -0.1, 1.1, float("nan"))),
+        *(({"min_p": p}, f"min_p = {p} must lie in") for p in (-0.1, 1.1, float("nan"))),
+        ({"seed": 2**32}, "seed = 4294967296 must lie in"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_cannot_be_sampled_and_both_ways_say_the_same(run, tmp_path, arguments, message):
+    out = tmp_path / "out.txt"
+    with pytest.raises(UserError, match=message) as by_program:
+        sample(run, out, **arguments)
+    with pytest.raises(UserError, match=message) as by_python:
+        gpt_jax.load(run, "last").generate(**{"length": 40} | arguments)
+    assert str(by_program.value) == str(by_python.value)
+    assert not out.exists()
+
+
+def test_a_prompt_that_is_not_utf_8(run, tmp_path):
+    (tmp_path / "prompt.txt").write_bytes(b"to be \xff")
+    with pytest.raises(UserError, match="is not UTF-8: byte 0xff at offset 6"):
+        sample(run, tmp_path / "out.txt", prompt_file=tmp_path / "prompt.txt")
+    command = [sys.executable, str(REPOSITORY / "sample.py"), "--workdir", str(run), "--prompt"]
+    done = subprocess.run([*map(os.fsencode, command), b"to be \xff"], capture_output=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        b"error: prompt = 'to be \\udcff' is not UTF-8: give the text in a file, --prompt_file\n"
+    )
+
+
+def test_ten_million_characters_can_be_asked_for_and_stopped(run, tmp_path):
+    """Ctrl-C writes what there is."""
+    process = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "sample.py"), "--workdir", run, "--out", tmp_path / "out.txt",
+         "--length", "10000000", "--show", "10000000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+    )  # fmt: skip
+    shown = process.stdout.read(2000)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    text = (tmp_path / "out.txt").read_text(encoding="utf-8")
+    assert 2000 <= len(text) < 10_000_000 and text.startswith(shown)
+
+
+def test_memory_of_many_characters_is_bounded(run):
+    """They come in pieces, and nothing but the text grows."""
+    pieces = gpt_jax.load(run).stream("", 10_000_000, make_rules())
+    assert sum(len(next(pieces)[0]) for _ in range(20)) < 1000
+    assert np.all([len(next(pieces)[0]) <= 32 for _ in range(20)])
