@@ -1,5 +1,6 @@
 """Whether files are what they were: checksums over a folder, and writing that a power cut cannot undo."""
 
+import errno
 import hashlib
 import os
 import stat
@@ -65,10 +66,13 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Force a file, or the names in a folder, onto the disk."""
+    """Force a file, or the names in a folder, onto the disk, where the file system can do such a thing."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

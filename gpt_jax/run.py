@@ -1,7 +1,7 @@
 """A trained model, read back from its run: to sample from, to look into, to evaluate."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,12 @@ import jax
 import numpy as np
 
 from gpt_jax.batches import micro_batch_size
-from gpt_jax.checkpoint import METADATA, Checkpoints
+from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.config import ARTIFACTS, Config, MeshConfig
 from gpt_jax.errors import UserError
 from gpt_jax.integrity import DamagedError
 from gpt_jax.loss import LossOfTokens, make_loss_of_tokens
+from gpt_jax.metadata import Metadata, read_metadata
 from gpt_jax.model import GPT, Params, unstack_layers
 from gpt_jax.sampler import generate_tokens
 from gpt_jax.sampling import SamplingRules, make_rules
@@ -25,74 +26,6 @@ from gpt_jax.train_step import SAMPLE_STREAM, stream
 
 WINDOWS = ("half", "exact")
 MOST_COMPRESSION = 100  # no parameters worth reading are packed tighter; a bomb is
-
-
-@dataclass(frozen=True)
-class Metadata:
-    """What a checkpoint says beside its arrays; as JSON, it is data and never code.
-
-    Attributes:
-        config: the settings of the run.
-        tokenizer: text to ids and back.
-        fingerprint: of the text, see `gpt_jax.corpus`.
-        step: updates done.
-        val_loss: at this step, by the headline protocol; None for one saved between evaluations.
-        recent_losses: those that the next line of metrics.jsonl is the mean of.
-        versions: of the libraries.
-    """
-
-    config: Config
-    tokenizer: CharTokenizer
-    fingerprint: str
-    step: int
-    val_loss: float | None
-    recent_losses: list[float]
-    versions: dict[str, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """What JSON can hold."""
-        own = {"config": self.config.to_dict(), "tokenizer": self.tokenizer.to_json()}
-        return {field.name: getattr(self, field.name) for field in fields(self)} | own
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Metadata":
-        """The inverse of `to_dict`.
-
-        Raises:
-            UserError: something is missing or not what it should be; it is named.
-        """
-        val_loss, losses, versions = map(values.get, ("val_loss", "recent_losses", "versions"))
-        sound = {
-            "config": True,  # checks itself
-            "tokenizer": isinstance(values.get("tokenizer"), str),
-            "fingerprint": isinstance(values.get("fingerprint"), str),
-            "step": type(values.get("step")) is int,
-            "val_loss": val_loss is None or type(val_loss) in (int, float),
-            "recent_losses": isinstance(losses, list) and all(type(x) in (int, float) for x in losses),
-            "versions": isinstance(versions, dict) and all(isinstance(x, str) for x in versions.values()),
-        }
-        for name, is_sound in sound.items():
-            if name not in values or not is_sound:
-                raise UserError(f"{name} is missing or not what it should be")
-        read = {
-            "config": Config.from_dict(values["config"]),
-            "tokenizer": CharTokenizer.from_json(values["tokenizer"]),
-        }
-        return cls(**{name: values[name] for name in sound} | read)
-
-
-def read_metadata(checkpoints: Checkpoints, step: int) -> Metadata:
-    """What the checkpoint of `step` says of itself.
-
-    Raises:
-        DamagedError: nothing that makes sense.
-    """
-    try:
-        return Metadata.from_dict(checkpoints.metadata(step))
-    except DamagedError:
-        raise
-    except UserError as error:
-        raise DamagedError(f"checkpoint {checkpoints.folder / str(step)}: {METADATA}: {error}") from None
 
 
 @dataclass(frozen=True)

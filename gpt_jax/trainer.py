@@ -5,23 +5,21 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from gpt_jax.backend import check_backend
-from gpt_jax.batches import micro_batch_size
 from gpt_jax.checkpoint import Checkpoints
-from gpt_jax.config import Config, flatten
+from gpt_jax.config import Config
 from gpt_jax.corpus import Corpus, load_corpus
 from gpt_jax.errors import RunError, UserError
 from gpt_jax.integrity import write_durably
 from gpt_jax.lock import locked
 from gpt_jax.loss import make_loss_of_tokens
+from gpt_jax.metadata import Metadata
 from gpt_jax.metrics import (
     MetricsFile,
     Record,
@@ -48,7 +46,8 @@ from gpt_jax.report import (
     name_leaves,
     promise_time,
 )
-from gpt_jax.run import Metadata, checkpoint_folder, read_metadata
+from gpt_jax.resume import restore_newest, settle, state_items
+from gpt_jax.run import checkpoint_folder
 from gpt_jax.sampler import generate_tokens
 from gpt_jax.sampling import make_rules
 from gpt_jax.sharding import batch_sharding, make_mesh, replicated
@@ -58,23 +57,6 @@ from gpt_jax.train_step import INIT_STREAM, SAMPLE_STREAM, Metrics, TrainSteps, 
 
 MAX_STEPS_PER_CALL = 100
 SECONDS_PER_CALL = 1.0  # about how long the program is deaf to Ctrl-C, and the bar stands still
-
-# Settings that a resumed run may change: they move a step by rounding at most. Exceptions are asked for:
-# train.steps stretches the schedule, and train.accumulate draws other dropout masks. The text behind
-# data.path is held by its fingerprint.
-SAFE_TO_CHANGE = (
-    "data.path",
-    "mesh.",
-    "model.remat",
-    "model.unroll",
-    "train.accumulate",
-    "train.eval_every",
-    "train.log_every",
-    "train.sample_length",
-    "train.save_minutes",
-    "train.steps",
-    "train.tensorboard",
-)
 
 
 def train(config: Config, workdir: Path, started: float | None = None) -> int:
@@ -101,7 +83,7 @@ def train(config: Config, workdir: Path, started: float | None = None) -> int:
     check_backend()
     mesh = make_mesh(config.mesh)
     corpus = load_corpus(config.data.file, config.model.context, config.data.train_fraction)
-    _settle(config, mesh)  # refuses what the devices cannot share
+    settle(config, mesh)  # refuses what the devices cannot share
     tensorboard = TensorBoard(workdir / "tensorboard") if config.train.tensorboard else None
     # Up to here nothing is written, so that bad settings leave no trace.
     with locked(workdir):
@@ -146,7 +128,7 @@ class _Trainer:
 
     def run(self) -> int:
         """Restore or begin, train, say what came of it; the exit status."""
-        state = self._restore_or_init()
+        state = self._begin()
         config, workdir, steps = self.config, self.workdir, self.config.train.steps
         first_step = self.step
         n_params = count_params(state.params)
@@ -179,12 +161,15 @@ class _Trainer:
         print(describe_end(read_metrics(workdir / "metrics.jsonl"), workdir))
         return 0
 
-    def _restore_or_init(self) -> TrainState:
+    def _begin(self) -> TrainState:
+        """The state to train from, and all that goes with it."""
         keep_ema = self.config.optimizer.ema_decay > 0
         metadata = None
         if self.checkpoints.steps():
             target = abstract_state(self.model, self.optimizer, keep_ema, self.mesh)
-            metadata, state = self._restore(target)
+            metadata, state = restore_newest(
+                self.checkpoints, target, self.config, self.corpus.fingerprint, self.workdir
+            )
             self.step = metadata.step
             self.recent_losses.extend(metadata.recent_losses)
             self.val_loss = metadata.val_loss
@@ -195,40 +180,8 @@ class _Trainer:
             key = stream(self.config.seed, INIT_STREAM)
             state = init_state(self.model, self.optimizer, keep_ema, self.mesh, key)
         self.checkpoints.clean()
-        self.config = _settle(self.config, self.mesh, metadata)
+        self.config = settle(self.config, self.mesh, metadata)
         return state
-
-    def _restore(self, target: TrainState) -> tuple[Metadata, TrainState]:
-        """The newest state that is whole."""
-
-        def read(step: int) -> tuple[Metadata, TrainState]:
-            metadata = read_metadata(self.checkpoints, step)
-            self._check_same_run(metadata)
-            items = self.checkpoints.restore(step, _items(target))
-            step_array = jax.device_put(np.int32(step), replicated(self.mesh))
-            state = TrainState(step_array, items["params"], items["opt_state"], items.get("ema_params"))
-            return metadata, state
-
-        newest_first = self.checkpoints.steps()[::-1]
-        restored, damaged = self.checkpoints.first_good(lambda: newest_first, read)
-        for step in damaged:
-            print(f"WARNING: the damaged checkpoint is kept as {self.checkpoints.set_aside(step)}")
-        return restored
-
-    def _check_same_run(self, metadata: Metadata) -> None:
-        old, new = flatten(metadata.config), flatten(self.config)
-        for key, value in new.items():
-            if value != old[key] and not key.startswith(SAFE_TO_CHANGE):
-                raise UserError(
-                    f"{self.workdir} holds a run with {key} = {old[key]!r}, not {value!r}: "
-                    f"keep it, or start another run with another --workdir"
-                )
-        if metadata.fingerprint != self.corpus.fingerprint:
-            raise UserError(
-                f"{self.workdir} was trained on another text than {self.config.data.file} is now: "
-                f"fingerprint {metadata.fingerprint[:12]}, now {self.corpus.fingerprint[:12]}; "
-                f"give back the old text, or start another run with another --workdir"
-            )
 
     def _compile(self, state: TrainState, tokens_N: jax.Array) -> TrainSteps:
         begun = time.monotonic()
@@ -360,7 +313,7 @@ class _Trainer:
             recent_losses=list(self.recent_losses),
             versions={name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
         )
-        self.checkpoints.save(self.step, _items(state), metadata.to_dict())
+        self.checkpoints.save(self.step, state_items(state), metadata.to_dict())
 
     def _show_evaluation(self, state: TrainState, record: Record) -> None:
         """A line of losses, a few lines of sample text, and the plot."""
@@ -385,28 +338,3 @@ class _Trainer:
 
     def _plot(self) -> None:
         plot_losses(self.workdir / "metrics.jsonl", self.workdir / "loss.png", title=self.workdir.name)
-
-
-def _settle(config: Config, mesh: jax.sharding.Mesh, saved: Metadata | None = None) -> Config:
-    """Settle what the settings leave open, as the run so far did, so that a checkpoint says what was done.
-
-    Raises:
-        UserError: the devices cannot share a batch.
-    """
-    train = config.train
-    if not train.accumulate and saved:
-        train = replace(train, accumulate=saved.config.train.accumulate)
-    n_shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    size = micro_batch_size(train, config.model.context, n_shards)
-    train = replace(train, accumulate=train.batch_size // size)
-    # Wherever the run is read again from, its text is where it is now.
-    path = str(config.data.file) if config.data.path else ""
-    return replace(config, train=train, data=replace(config.data, path=path))
-
-
-def _items(state: TrainState) -> dict[str, Any]:
-    """The state as the items of a checkpoint; the step is the checkpoint's own."""
-    items = {"params": state.params, "opt_state": state.opt_state}
-    if state.ema_params is not None:
-        items["ema_params"] = state.ema_params
-    return items

@@ -21,6 +21,8 @@ sys.path.insert(0, str(REPOSITORY))
 
 from gpt_jax import checkpoint, train_step, trainer  # noqa: E402
 
+# Who runs the tests under nohup has it ignored, and so would train.py.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 WHAT, WHERE = os.environ["DISTURBANCE"].split()
 
 

@@ -25,7 +25,8 @@ from gpt_jax.checkpoint import METADATA, Checkpoints
 from gpt_jax.config import REPOSITORY
 from gpt_jax.errors import RunError, UserError
 from gpt_jax.integrity import CHECKSUMS, DamagedError, seal
-from gpt_jax.run import Metadata, load, read_metadata
+from gpt_jax.metadata import Metadata, read_metadata
+from gpt_jax.run import load
 
 pytestmark = pytest.mark.faults
 slow = pytest.mark.slow

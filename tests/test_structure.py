@@ -8,8 +8,8 @@ from gpt_jax.config import REPOSITORY
 
 ORDER = [
     "output", "errors", "config", "tokenizer", "corpus", "batches", "model", "loss", "optimizer", "sharding",
-    "train_state", "train_step", "backend", "lock", "integrity", "metrics", "checkpoint", "sampling",
-    "sampler", "run", "signals", "report", "trainer", "evaluate", "write_samples",
+    "train_state", "train_step", "backend", "lock", "integrity", "metrics", "checkpoint", "metadata",
+    "sampling", "sampler", "run", "signals", "report", "resume", "trainer", "evaluate", "write_samples",
 ]  # fmt: skip
 PACKAGE = REPOSITORY / "gpt_jax"
 

@@ -12,11 +12,12 @@ from gpt_jax import trainer
 from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.config import Config
 from gpt_jax.corpus import load_corpus
-from gpt_jax.errors import UserError
+from gpt_jax.errors import RunError, UserError
 from gpt_jax.loss import make_loss_of_tokens
 from gpt_jax.metrics import read_metrics
 from gpt_jax.model import GPT
 from gpt_jax.optimizer import make_optimizer
+from gpt_jax.resume import state_items
 from gpt_jax.run import checkpoint_folder, load
 from gpt_jax.sharding import batch_sharding, make_mesh, replicated
 from gpt_jax.train_state import abstract_state, init_state
@@ -150,7 +151,7 @@ def saved_state(config, workdir, step=None):
     checkpoints = Checkpoints(checkpoint_folder(workdir))
     target = abstract_state(model, optimizer, config.optimizer.ema_decay > 0, mesh)
     step = checkpoints.steps()[-1] if step is None else step
-    items = checkpoints.restore(step, trainer._items(target))
+    items = checkpoints.restore(step, state_items(target))
     metadata = checkpoints.metadata(step)
     checkpoints.close()
     return items | {"losses": metadata["recent_losses"], "step": step}
@@ -291,6 +292,18 @@ def test_another_recipe_or_text_is_refused(tiny_config, text_file, tmp_path):
     with pytest.raises(UserError, match="was trained on another text"):
         trainer.train(tiny_config(train={"steps": 2}), workdir)
     assert files_of(workdir) == files
+
+
+@pytest.mark.faults
+def test_a_validation_loss_that_is_no_number_is_not_saved(tiny_config, tmp_path, monkeypatch):
+    assert trainer.train(tiny_config(train={"steps": 10}), tmp_path / "run") == 0
+    monkeypatch.setattr(trainer, "make_loss_of_tokens", lambda *_: lambda *_: float("nan"))
+    message = (
+        "step 20: the validation loss is nan; this state is not saved, the newest checkpoint, of step 10"
+    )
+    with pytest.raises(RunError, match=message):
+        trainer.train(tiny_config(), tmp_path / "run")
+    assert Checkpoints(checkpoint_folder(tmp_path / "run")).steps() == [10]
 
 
 def test_a_mesh_too_large_is_named(tiny_config):
