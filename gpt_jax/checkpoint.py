@@ -28,8 +28,10 @@ METADATA_BYTES = 2**26  # more is not read: no run has that much to say of itsel
 T = TypeVar("T")
 UNFINISHED, DELETED, DAMAGED = ".unfinished", ".deleted", ".damaged"
 
-# Orbax logs a traceback for each error that it also raises; here, whoever catches it says it in a line.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
+# Orbax and the tasks that it leaves behind log a traceback for each error that is also raised. Whoever
+# catches it says it in a line.
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 
 def _ignore_late_answers(event: Any, otherwise: Callable[[Any], None] = sys.unraisablehook) -> None:
