@@ -13,7 +13,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,7 +90,9 @@ class Checkpoints:
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         unfinished = self.folder / f"{step}{UNFINISHED}"
         with self._failure_named(step):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.folder.exists():
+                self.folder.mkdir(parents=True)
+                sync(self.folder.parent)
             self._orbax.save(unfinished, args=ocp.args.Composite(**arrays))
         self._saving = self._background.submit(self._finish, step, unfinished, json.dumps(metadata))
 
@@ -131,7 +133,7 @@ class Checkpoints:
         return metadata
 
     def verify(self, step: int) -> None:
-        """Check every byte of a checkpoint, and that it is that of this step.
+        """Check every byte of a checkpoint.
 
         Raises:
             DamagedError: a file is missing, changed or too many; it is named.
@@ -201,9 +203,16 @@ class Checkpoints:
         return {name: restored[name] for name in targets}
 
     def disk_size(self, step: int, item: str) -> int:
-        """Bytes that an item takes."""
-        files = (self.folder / str(step) / item).rglob("*")
-        return sum(path.stat().st_size for path in files if path.is_file())
+        """Bytes that an item takes.
+
+        Raises:
+            DamagedError: it is gone.
+        """
+        folder = self.folder / str(step) / item
+        try:
+            return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        except OSError as error:
+            raise DamagedError(f"{folder}: {_one_line(error)}") from None
 
     def clean(self) -> None:
         """Remove what a kill left half written or half deleted. Only for who saves."""
@@ -228,16 +237,25 @@ class Checkpoints:
             seal(unfinished)
             unfinished.rename(self.folder / str(step))
             sync(self.folder)
-            self._delete_old()
+        self._delete_old()
 
     def _delete_old(self) -> None:
         keep = {*self.steps()[-2:], self.best_first()[0]}
         for step in self.steps():
-            if step not in keep:
-                # Deleting takes many operations: under this name a kill between them leaves no half.
+            if step not in keep and self._is_readable(step):  # it might be the best
+                # Deleting takes many operations: under this name a kill between them leaves no half. What
+                # cannot be deleted now is no loss; the next start tries again.
                 doomed = self.folder / f"{step}{DELETED}"
-                (self.folder / str(step)).rename(doomed)
-                shutil.rmtree(doomed)
+                with suppress(OSError):
+                    (self.folder / str(step)).rename(doomed)
+                    shutil.rmtree(doomed)
+
+    def _is_readable(self, step: int) -> bool:
+        try:
+            self.metadata(step)
+        except DamagedError:
+            return False
+        return True
 
     def _val_loss(self, step: int) -> float:
         """What "best" is the lowest of."""
@@ -245,9 +263,7 @@ class Checkpoints:
             val_loss = self.metadata(step).get("val_loss")
         except DamagedError:
             return math.inf
-        if isinstance(val_loss, int | float) and math.isfinite(val_loss):
-            return float(val_loss)
-        return math.inf
+        return val_loss if type(val_loss) is float and math.isfinite(val_loss) else math.inf
 
     def _check_shapes(self, folder: Path, name: str, target: Any) -> None:
         try:

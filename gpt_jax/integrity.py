@@ -11,6 +11,8 @@ from gpt_jax.errors import UserError
 
 CHECKSUMS = "SHA256SUMS"  # in the format of the tool of this name: `sha256sum -c SHA256SUMS` checks it too
 
+MOST_CHECKSUMS = 2**24  # bytes; more is not read
+
 
 class DamagedError(UserError):
     """Files that are not what they were; the message names the first one."""
@@ -37,11 +39,13 @@ def verify(folder: Path) -> None:
         DamagedError: a file is missing, changed, or too many.
     """
     try:
+        found = set(_files(folder)) - {CHECKSUMS}  # first: a pipe would be waited for
+        if (folder / CHECKSUMS).stat().st_size > MOST_CHECKSUMS:
+            raise DamagedError(f"{CHECKSUMS} is too large")
         lines, _, last = (folder / CHECKSUMS).read_text(encoding="utf-8").rpartition("# ")
         if last != _digest(lines.encode()) + "\n":
             raise DamagedError(f"{CHECKSUMS} was changed")
         sums = {name: checksum for checksum, name in (line.split("  ", 1) for line in lines.splitlines())}
-        found = set(_files(folder)) - {CHECKSUMS}
         for name in sorted(found | sums.keys()):
             if name not in found:
                 raise DamagedError(f"{name} is missing")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gpt_jax.errors import UserError
+from gpt_jax.integrity import sync
 
 
 @contextmanager
@@ -18,29 +19,34 @@ def locked(workdir: Path) -> Iterator[None]:
         UserError: another process holds it (it is named), or nothing can be written there.
     """
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / "lock").open("a+", encoding="utf-8")
+        if not workdir.exists():
+            workdir.mkdir(parents=True, exist_ok=True)
+            sync(workdir.absolute().parent)
+        file = os.open(workdir / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise UserError(
-            f"workdir = {workdir} cannot be written ({error.strerror}): choose another with --workdir"
-        ) from None
-    with file:
+        raise _unwritable(workdir, error) from None
+    try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
+            holder = os.read(file, 200).decode("utf-8", "replace").strip() or "another process"
             raise UserError(
-                f"workdir = {workdir} is in use by {file.read().strip() or 'another process'}: wait for it, "
-                f"stop it, or choose another with --workdir"
+                f"workdir = {workdir} is in use by {holder}: wait for it, stop it, or choose another with "
+                f"--workdir"
             ) from None
         except OSError as error:  # some network file systems have no locks
             print(f"warning: {workdir} cannot be locked ({error.strerror}): let no other process train there")
         try:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+            os.ftruncate(file, 0)
+            os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         except OSError as error:
-            raise UserError(
-                f"workdir = {workdir} cannot be written ({error.strerror}): choose another with --workdir"
-            ) from None
+            raise _unwritable(workdir, error) from None
         yield
+    finally:
+        os.close(file)
+
+
+def _unwritable(workdir: Path, error: OSError) -> UserError:
+    return UserError(
+        f"workdir = {workdir} cannot be written ({error.strerror}): choose another with --workdir"
+    )

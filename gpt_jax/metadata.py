@@ -49,9 +49,9 @@ class Metadata:
             "config": True,  # checks itself
             "tokenizer": isinstance(values.get("tokenizer"), str),
             "fingerprint": isinstance(values.get("fingerprint"), str),
-            "step": type(values.get("step")) is int,
-            "val_loss": val_loss is None or type(val_loss) in (int, float),
-            "recent_losses": isinstance(losses, list) and all(type(x) in (int, float) for x in losses),
+            "step": type(values.get("step")) is int and 0 <= values["step"] < 2**31,
+            "val_loss": val_loss is None or type(val_loss) is float,
+            "recent_losses": isinstance(losses, list) and all(type(x) is float for x in losses),
             "versions": isinstance(versions, dict) and all(isinstance(x, str) for x in versions.values()),
         }
         for name, is_sound in sound.items():
@@ -70,9 +70,13 @@ def read_metadata(checkpoints: Checkpoints, step: int) -> Metadata:
     Raises:
         DamagedError: nothing that makes sense.
     """
+    where = f"checkpoint {checkpoints.folder / str(step)}: {METADATA}"
     try:
-        return Metadata.from_dict(checkpoints.metadata(step))
+        metadata = Metadata.from_dict(checkpoints.metadata(step))
     except DamagedError:
         raise
     except UserError as error:
-        raise DamagedError(f"checkpoint {checkpoints.folder / str(step)}: {METADATA}: {error}") from None
+        raise DamagedError(f"{where}: {error}") from None
+    if metadata.step != step:  # a folder that somebody renamed
+        raise DamagedError(f"{where}: it is that of step {metadata.step}")
+    return metadata

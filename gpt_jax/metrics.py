@@ -51,9 +51,17 @@ def read_metrics(path: Path) -> list[Record]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
+            if _is_record(record):
                 records.append(record)
     return records
+
+
+def _is_record(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() >= {"step", "seconds", "train_loss"}
+        and all(type(number) in (int, float) for number in value.values())
+    )
 
 
 class SamplesFile:
@@ -75,6 +83,8 @@ class SamplesFile:
         """Append a sample; `losses` is a line that begins with "step 1,000: "."""
         with self.path.open("a", encoding="utf-8", newline="") as file:
             file.write(f"--- {losses}\n{sample}\n\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def is_spike(loss: float, recent: Sequence[float]) -> bool:
@@ -197,6 +207,7 @@ def plot_losses(metrics: Path, picture: Path, title: str) -> None:
         axes.axhline(best["val_loss"], color="tab:orange", linewidth=0.8, linestyle=":")
         title += f": best validation loss {best['val_loss']:.4f} at step {best['step']:,.0f}"
     axes.set(xlabel="step", ylabel="loss, nats per character", title=title)
+    axes.title.set_parse_math(False)  # a folder may be called "$x$"
     axes.grid(alpha=0.3)
     axes.legend()
     temporary = picture.with_name("." + picture.name)

@@ -1,5 +1,6 @@
 """What training says to a person, as text."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,23 +65,20 @@ def describe_skip(step: int, grad_norm: float, factor: float) -> str:
     return f"step {step:,}: update left out: gradient norm {grad_norm:.3g}, above {factor:g} times the median"
 
 
-def describe_not_finite(step: int, loss: float, grad_norms: Any) -> str:
-    """For a step whose loss or gradient is NaN or infinite."""
+def describe_not_finite(step: int, loss: float, grad_norm: float, grad_norms: Any, finite: Any) -> str:
+    """For a step whose loss, gradient or update is NaN or infinite."""
     norms = name_leaves(grad_norms)
     bad = [f"{name} {norm}" for name, norm in norms.items() if not np.isfinite(norm)]
+    spoiled = [name for name, is_finite in name_leaves(finite).items() if not is_finite]
+    what = f"the gradient norm is {grad_norm:.4g}"
+    if bad:
+        what = f"the gradient norm is not finite of {', '.join(bad)}"
+    elif np.isfinite(loss) and np.isfinite(grad_norm):
+        what += f", and the update would make {', '.join(spoiled)} not finite"
     return (
-        f"step {step:,}: the loss is {loss:.4g}, and "
-        + (f"the gradient norm is not finite of {', '.join(bad)}" if bad else "every gradient norm is finite")
-        + f". The state before it, after step {step - 1:,}, is saved. The same command comes to the same "
+        f"step {step:,}: the loss is {loss:.4g}, and {what}"
+        f". The state before it, after step {step - 1:,}, is saved. The same command comes to the same "
         f"end: start another run with a lower learning rate, or a smaller optimizer.clip_norm"
-    )
-
-
-def describe_spoiled(step: int, names: Sequence[str], saved_step: int) -> str:
-    """For parameters that an update has made NaN or infinite."""
-    return (
-        f"step {step:,}: {', '.join(names)} are not finite any more; the newest checkpoint, of step "
-        f"{saved_step:,}, is kept. Start another run with a lower learning rate"
     )
 
 
@@ -127,7 +125,7 @@ def describe_finished(step: int, steps: int, workdir: Path) -> str:
 def sample_command(workdir: Path) -> str:
     """The command that samples from a run."""
     found_by_itself = workdir.absolute().parent == ARTIFACTS
-    return "python sample.py" + ("" if found_by_itself else f" --workdir {workdir}")
+    return "python sample.py" + ("" if found_by_itself else f" --workdir {shlex.quote(str(workdir))}")
 
 
 def _short(path: Path) -> str:

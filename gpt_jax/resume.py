@@ -10,7 +10,8 @@ import numpy as np
 from gpt_jax.batches import micro_batch_size
 from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.config import Config, flatten
-from gpt_jax.errors import UserError
+from gpt_jax.errors import RunError, UserError
+from gpt_jax.integrity import DamagedError
 from gpt_jax.metadata import Metadata, read_metadata
 from gpt_jax.train_state import TrainState
 
@@ -45,13 +46,17 @@ def restore_newest(
 
     Raises:
         UserError: it is a run with other settings or another text.
-        RunError: no checkpoint is whole.
+        RunError: no checkpoint is whole, or a whole one cannot be read here.
     """
 
     def read(step: int) -> tuple[Metadata, TrainState]:
-        metadata = read_metadata(checkpoints, step)
-        _check_same_run(metadata, config, fingerprint, workdir)
-        items = checkpoints.restore(step, state_items(target))
+        # Its checksums are right: what cannot be read now is not damaged, and must not be set aside.
+        try:
+            metadata = read_metadata(checkpoints, step)
+            _check_same_run(metadata, config, fingerprint, workdir)
+            items = checkpoints.restore(step, state_items(target))
+        except DamagedError as error:
+            raise RunError(f"{error}. Its checksums are right, so nothing was changed") from None
         step_array = jax.device_put(np.int32(step), target.step.sharding)
         state = TrainState(step_array, items["params"], items["opt_state"], items.get("ema_params"))
         return metadata, state

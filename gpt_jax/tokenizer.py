@@ -36,6 +36,8 @@ class CharTokenizer:
         characters = values.get("characters")
         if not isinstance(characters, str) or not characters or list(characters) != sorted(set(characters)):
             raise UserError("tokenizer: its characters must be a text, sorted and without repetition")
+        if any("\ud800" <= character <= "\udfff" for character in characters):
+            raise UserError("tokenizer: it has surrogates, which are no characters")
         return cls(characters)
 
     def to_json(self) -> str:

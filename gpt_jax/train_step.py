@@ -72,15 +72,15 @@ def make_train_steps(
 
     Returns:
         `(state, tokens_N, n_steps) -> (state, metrics)`: `n_steps` updates, at most M. The state that
-        goes in is consumed. Where a loss or a gradient is not finite, that update is left out and the
-        call ends. Metrics:
+        goes in is consumed. Where a loss, a gradient or an updated parameter is not finite, that update
+        is left out and the call ends. Metrics:
 
         - "loss" (nats a token, of the batch before its update), "grad_norm" (global, before clipping):
           float32 [M], one for each update, and for the one left out.
         - "skipped": int32 [M], updates that the optimizer has left out since step 0.
         - "steps": int32, the updates done; fewer than `n_steps` where one was left out as not finite.
         - "grad_norms": the norm of each array's gradient at the last step, in the tree of the parameters.
-        - "finite": for each array of the parameters whether all of it is, after the last step.
+        - "finite": for each array of the parameters whether the last step's update left all of it finite.
     """
     train, context = config.train, config.model.context
     n_shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -88,7 +88,7 @@ def make_train_steps(
     batch_key = stream(config.seed, BATCH_STREAM)
     dropout_stream = stream(config.seed, DROPOUT_STREAM)
 
-    def train_step(state: TrainState, tokens_N: jax.Array) -> tuple[TrainState, Metrics, Params]:
+    def train_step(state: TrainState, tokens_N: jax.Array) -> tuple[TrainState, Metrics, Metrics]:
         batch = train_batch(batch_key, state.step, tokens_N, train.batch_size, context)
         inputs_BxT, targets_BxT = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
         dropout_key = jax.random.fold_in(dropout_stream, state.step)
@@ -101,43 +101,46 @@ def make_train_steps(
         if ema_params is not None:
             rate = 1 - config.optimizer.ema_decay
             ema_params = optax.incremental_update(params, ema_params, rate)
-        grad_norms = jax.tree.map(jnp.linalg.norm, gradient)
+        by_array = {
+            "grad_norms": jax.tree.map(jnp.linalg.norm, gradient),
+            "finite": jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params),
+        }
         grad_norm = optax.tree.norm(gradient)
         metrics = {"loss": loss, "grad_norm": grad_norm, "skipped": count_skipped(opt_state)}
         new_state = TrainState(state.step + 1, params, opt_state, ema_params)
         # An update from what is not finite would spoil the state for good: the old one stays.
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        finite &= jnp.stack(jax.tree.leaves(by_array["finite"])).all()
         state = jax.tree.map(lambda old, new: jnp.where(finite, new, old), state, new_state)
-        return state, metrics, grad_norms
+        return state, metrics, by_array
 
     def train_steps(state: TrainState, tokens_N: jax.Array, n_steps: jax.Array) -> tuple[TrainState, Metrics]:
         first_step = state.step
 
         # A loop whose length is known only at run time: one program serves every number of steps, so
         # how training is cut into calls cannot change a bit of it.
-        def goes_on(carry: tuple[jax.Array, TrainState, Metrics, Params]) -> jax.Array:
+        def goes_on(carry: tuple[jax.Array, TrainState, Metrics, Metrics]) -> jax.Array:
             i, state, _, _ = carry
             return (i < n_steps) & (state.step == first_step + i)
 
-        def body(carry: tuple[jax.Array, TrainState, Metrics, Params]) -> tuple[Any, ...]:
+        def body(carry: tuple[jax.Array, TrainState, Metrics, Metrics]) -> tuple[Any, ...]:
             i, state, history, _ = carry
-            state, metrics, grad_norms = train_step(state, tokens_N)
+            state, metrics, by_array = train_step(state, tokens_N)
             history = {name: history[name].at[i].set(metrics[name]) for name in history}
-            return i + 1, state, history, grad_norms
+            return i + 1, state, history, by_array
 
         history: Metrics = {
             "loss": jnp.zeros(max_steps),
             "grad_norm": jnp.zeros(max_steps),
             "skipped": jnp.zeros(max_steps, jnp.int32),
         }
-        no_norms = jax.tree.map(lambda _: jnp.float32(0), state.params)
-        _, state, history, grad_norms = jax.lax.while_loop(
-            goes_on, body, (jnp.int32(0), state, history, no_norms)
-        )
-        finite = jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), state.params)
-        return state, {
-            **history, "steps": state.step - first_step, "grad_norms": grad_norms, "finite": finite
-        }  # fmt: skip
+        nothing: Metrics = {
+            "grad_norms": jax.tree.map(lambda _: jnp.float32(0), state.params),
+            "finite": jax.tree.map(lambda _: jnp.bool(True), state.params),
+        }
+        carry = (jnp.int32(0), state, history, nothing)
+        _, state, history, by_array = jax.lax.while_loop(goes_on, body, carry)
+        return state, {**history, **by_array, "steps": state.step - first_step}
 
     shardings: Any = jax.tree.map(lambda leaf: leaf.sharding, state)
     everywhere = replicated(mesh)

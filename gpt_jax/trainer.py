@@ -1,5 +1,6 @@
 """The training loop: the only place where training has side effects."""
 
+import os
 import signal
 import time
 from collections import deque
@@ -41,9 +42,7 @@ from gpt_jax.report import (
     describe_run,
     describe_skip,
     describe_spike,
-    describe_spoiled,
     describe_stop,
-    name_leaves,
     promise_time,
 )
 from gpt_jax.resume import restore_newest, settle, state_items
@@ -122,6 +121,7 @@ class _Trainer:
         # The losses that the next line's train_loss is the mean of. Kept in checkpoints, so that a
         # resumed run writes the very lines that an undisturbed one writes.
         self.recent_losses: deque[float] = deque(maxlen=config.train.log_every)
+        self.losses_before: deque[float] = deque(maxlen=32)  # that a new one may stand out of
         self.val_loss: float | None = None  # of the newest evaluation
         self.step = 0
         self.skipped = 0  # updates that the optimizer left out
@@ -220,7 +220,8 @@ class _Trainer:
             steps_per_call = int(np.clip(SECONDS_PER_CALL / seconds_per_step, 1, MAX_STEPS_PER_CALL))
 
             record = self._take_in(metrics, n_done, tokens_per_step / seconds_per_step)
-            self._check_finite(state, metrics, n_done, n_steps)
+            if n_done < n_steps:
+                self._stop_before_nan(state, metrics, n_done, record)
             evaluate_now = self.step % train.eval_every == 0 or self.step == train.steps
             if evaluate_now:
                 self.val_loss = loss_of_tokens(state.eval_params, self.corpus.val)
@@ -256,9 +257,10 @@ class _Trainer:
             self.step += 1
             if skipped > self.skipped:
                 self.terminal.line(describe_skip(self.step, norm, self.config.optimizer.skip_above))
-            elif is_spike(loss, self.recent_losses):
-                self.terminal.line(describe_spike(self.step, loss, self.recent_losses, norm))
+            elif is_spike(loss, self.losses_before):
+                self.terminal.line(describe_spike(self.step, loss, self.losses_before, norm))
             self.skipped = skipped
+            self.losses_before.append(loss)
             self.recent_losses.append(loss)
             if self.step % self.config.train.log_every == 0 or self.step == last_step:
                 record = self._record(norm, tokens_per_second)
@@ -266,15 +268,20 @@ class _Trainer:
                     self._write(record)
         return record
 
-    def _check_finite(self, state: TrainState, metrics: Metrics, n_done: int, n_steps: int) -> None:
-        """Stop before a NaN is saved over anything."""
-        if n_done < n_steps:  # the state is that before the bad step
-            self._save(state, None)
-            loss, norms = metrics["loss"][n_done].item(), metrics["grad_norms"]
-            raise RunError(describe_not_finite(self.step + 1, loss, norms))
-        spoiled = [name for name, finite in name_leaves(metrics["finite"]).items() if not finite]
-        if spoiled:
-            raise RunError(describe_spoiled(self.step, spoiled, self.saved_step))
+    def _stop_before_nan(self, state: TrainState, metrics: Metrics, n_done: int, record: Record) -> None:
+        """Save the state before a step that is not finite, and end the run."""
+        if record and self.step % self.config.train.log_every == 0:
+            self._write(record)
+        self._save(state, None)
+        raise RunError(
+            describe_not_finite(
+                self.step + 1,
+                metrics["loss"][n_done].item(),
+                metrics["grad_norm"][n_done].item(),
+                metrics["grad_norms"],
+                metrics["finite"],
+            )
+        )
 
     def _seconds(self) -> float:
         return round(time.monotonic() - self.started, 3)
@@ -337,4 +344,16 @@ class _Trainer:
         return "".join(self.corpus.tokenizer.decode(piece[0]) for piece in pieces)
 
     def _plot(self) -> None:
-        plot_losses(self.workdir / "metrics.jsonl", self.workdir / "loss.png", title=self.workdir.name)
+        try:
+            plot_losses(
+                self.workdir / "metrics.jsonl", self.workdir / "loss.png", title=_printable(self.workdir.name)
+            )
+        except OSError:
+            raise
+        except Exception as error:  # a picture is no reason to lose a run
+            self.terminal.line(f"WARNING: loss.png is not drawn: {type(error).__name__}: {error}")
+
+
+def _printable(name: str) -> str:
+    """A file's name where the locale has no characters for its bytes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

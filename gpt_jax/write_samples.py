@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from gpt_jax.corpus import read_text
-from gpt_jax.errors import UserError
+from gpt_jax.errors import RunError, UserError
 from gpt_jax.run import load, newest_run
 from gpt_jax.sampling import SamplingRules
 
@@ -74,9 +74,7 @@ def write_samples(
     print("" if length <= show else " ...", flush=True)
     samples = ["".join(sample) for sample in grown]
 
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(SEPARATOR.join(samples), encoding="utf-8", newline="")
-    os.replace(temporary, out)
+    _write(out, SEPARATOR.join(samples))
     count = sum(map(len, samples)) - num_samples * len(prompt)
     print(
         f"{count:,} characters in {seconds:.1f} s ({count / seconds:,.0f} a second, compilation "
@@ -85,6 +83,20 @@ def write_samples(
     )
     if stopped:
         raise KeyboardInterrupt
+
+
+def _write(out: Path, text: str) -> None:
+    """Write a file whole or not at all; a link or a device stays what it is."""
+    out = out.resolve()
+    temporary = out.with_name(out.name + ".tmp") if out.is_file() or not out.exists() else out
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="")
+        if temporary != out:
+            os.replace(temporary, out)
+    except OSError as error:
+        if temporary != out:
+            temporary.unlink(missing_ok=True)
+        raise RunError(f"out = {out} cannot be written: {error.strerror}") from None
 
 
 def _as_utf8(argument: str) -> str:

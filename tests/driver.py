@@ -103,15 +103,16 @@ match WHERE.split(":"):
         spoil_step(int(step), lambda params, here: jnp.sqrt(jnp.where(here, 0 * up_sum(params), 0.0625)))
     case ["spike", step]:
         spoil_step(int(step), lambda params, here: jnp.where(here, 5 + 100 * up_sum(params) ** 2, 0.0))
-    case ["overflow"]:  # updates that no float32 survives
+    case ["overflow", step]:  # in that step (0 is the first) an update that no float32 survives
         make = trainer.make_optimizer
 
         def overflowing(*arguments):
             init, update = make(*arguments)
 
             def spoiled(gradient, state, params):
+                factor = jnp.where(state.seen == int(step), jnp.inf, 1.0)
                 updates, state = update(gradient, state, params)
-                return jax.tree.map(lambda u: u * 1e38 * 1e38, updates), state
+                return jax.tree.map(lambda u: u * factor, updates), state
 
             return optax.GradientTransformation(init, spoiled)
 

@@ -14,6 +14,7 @@ import threading
 from errno import EIO, ENOSPC, EROFS
 from pathlib import Path
 
+import numpy as np
 import pytest
 from disturb import (
     SETTINGS,
@@ -138,7 +139,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(start, whole, tmp_path, wha
     assert steps_of(tmp_path / "run")[-1] == step
     # At most one call of the step function, which here ends at the next evaluation, came after it.
     evaluated = [int(n) for n in re.findall(r"^step (\d+): training batches", before, flags=re.MULTILINE)]
-    assert step <= max(evaluated, default=0) + 20
+    assert step <= max(evaluated, default=0) + 10
     assert step == 0 if where == "compile" else step > 0
     assert_ends_as(start, whole, tmp_path / "run")
 
@@ -237,14 +238,14 @@ def test_lost_checkpoints_are_not_passed_over_in_silence(start, whole, tmp_path)
 @pytest.mark.parametrize(
     "where, shown",
     some(
-        ("nan:12", r"the loss is nan, and every gradient norm is finite"),
-        ("inf:12", r"the loss is inf, and every gradient norm is finite"),
+        ("nan:12", r"the loss is nan, and the gradient norm is \S+"),
+        ("inf:12", r"the loss is inf, and the gradient norm is \S+"),
         (
             "gradient:12",
             r"the loss is \d\.\d+, and the gradient norm is not finite of blocks.mlp.up.kernel nan",
         ),
-        ("nan:0", r"the loss is nan, and every gradient norm is finite"),
-        ("nan:30", r"the loss is nan, and every gradient norm is finite"),
+        ("nan:0", r"the loss is nan, and the gradient norm is \S+"),
+        ("nan:30", r"the loss is nan, and the gradient norm is \S+"),
     ),
 )
 def test_a_nan_stops_the_run_and_is_never_saved(start, text, cache, tmp_path, where, shown):
@@ -265,17 +266,21 @@ def test_a_nan_stops_the_run_and_is_never_saved(start, text, cache, tmp_path, wh
         assert not set(differences(got, wanted)) & set(arrays)
 
 
-def test_parameters_that_overflow_are_not_saved_over_good_ones(start, tmp_path):
-    settings = {"train.save_minutes": 9, "train.eval_every": 5, "optimizer.schedule": "constant"}
-    assert start(settings=settings | {"train.steps": 5}).wait() == 0
-    overflow = {"DISTURBANCE": "x overflow"}
-    training = start(settings=settings | {"train.steps": 10}, program=DRIVER, environment=overflow)
+def test_an_update_that_overflows_is_left_out(start, tmp_path):
+    """In the middle of a call, with lines of metrics due just before it."""
+    overflow = {"DISTURBANCE": "x overflow:15"}
+    settings = {"train.save_minutes": 9}
+    training = start(settings=settings, program=DRIVER, environment=overflow)
     assert training.wait() == 1, training.output
     assert re.search(
-        r"error: step \d+: .*blocks.mlp.up.kernel.* are not finite any more; the newest checkpoint, "
-        r"of step 5, is kept", training.output,
-    ), training.output  # fmt: skip
-    assert steps_of(tmp_path / "run")[-1] == 5
+        r"error: step 16: the loss is [\d.]+, and the gradient norm is [\d.]+, and the update would make "
+        r"blocks.attention.out.kernel, .* not finite. The state before it, after step 15, is saved.",
+        training.output,
+    ), training.output
+    assert steps_of(tmp_path / "run")[-1] == 15
+    result = result_of(tmp_path / "run")
+    assert all(np.isfinite(array).all() for array in result.values() if isinstance(array, np.ndarray))
+    assert result["steps"] == [3, 6, 9, 10, 12, 15]
 
 
 @pytest.mark.parametrize("skip", [0, 5])
@@ -289,7 +294,7 @@ def test_a_spike_is_shown_and_skipped_where_asked(start, text, tmp_path, skip):
                          training.output, flags=re.MULTILINE)  # fmt: skip
         assert records[20]["skipped"] == 0 and records[30]["skipped"] == records[40]["skipped"] == 1
     else:
-        assert re.search(r"^step 25: loss \d\S+ stands out of the 10 before it", training.output,
+        assert re.search(r"^step 25: loss \d\S+ stands out of the \d+ before it", training.output,
                          flags=re.MULTILINE), training.output  # fmt: skip
         assert "skipped" not in records[30]
 
@@ -332,7 +337,7 @@ def test_the_locale_is_c_and_the_text_is_not(start, tmp_path):
     assert rb"\u65e5\u672c" in sample.stdout
 
 
-@pytest.mark.parametrize("stream", some("closed", "left", "asleep"))
+@pytest.mark.parametrize("stream", some("closed", "left", "asleep", "terminal asleep"))
 def test_nobody_reads_the_output(start, whole, tmp_path, stream):
     """stdout and stderr are closed, or a pipe whose reader has left or never reads."""
     reading, writing = os.pipe()
@@ -341,6 +346,9 @@ def test_nobody_reads_the_output(start, whole, tmp_path, stream):
         os.close(reading)
     if stream == "asleep":
         os.write(writing, b"x" * 4096)
+    if stream == "terminal asleep":
+        reading, writing = pty.openpty()
+        os.write(writing, b"x" * 2000)
     prefix = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh"] if stream == "closed" else []
     training = start(prefix=prefix, stdout=writing)
     os.close(writing)
@@ -395,13 +403,23 @@ def place(operation, total):
 
 @pytest.fixture(scope="session")
 def operations(text, cache, faults_library, tmp_path_factory):
-    """How many file operations an undisturbed run does in its workdir."""
+    """The file operations of an undisturbed run in its workdir: what, path, other path."""
     workdir = tmp_path_factory.mktemp("counted") / "run"
     log = workdir.parent / "log"
     environment = {"LD_PRELOAD": str(faults_library), "FAULT_ROOT": str(workdir), "FAULT_LOG": str(log)}
     training = Training(workdir, text, environment=cache | environment)
     assert training.wait() == 0, training.output
-    return len(log.read_text(encoding="utf-8").splitlines())
+    return [line.split("\t") for line in log.read_text(encoding="utf-8").splitlines()]
+
+
+def test_metrics_are_on_the_disk_before_the_checkpoint_that_covers_them(operations):
+    """A power cut after the checkpoint's rename must not find lines of its steps missing."""
+    begun = [n for n, (what, path, _) in enumerate(operations) if what == "mkdir" and re.search(
+        r"/checkpoints/\d+\.unfinished[^/]*$", path)]  # fmt: skip
+    assert len(begun) >= 5
+    for save in begun:
+        of_metrics = [what for what, path, _ in operations[:save] if path.endswith("/metrics.jsonl")]
+        assert of_metrics[-1] == "fsync"
 
 
 @pytest.mark.parametrize(
@@ -416,7 +434,7 @@ def test_a_disk_that_fails(start, whole, faults_library, operations, tmp_path, e
     """From one operation on nothing can be written any more; when it can again, the run goes on."""
     workdir = tmp_path / "run"
     environment = {"LD_PRELOAD": str(faults_library), "FAULT_ROOT": str(workdir), "FAULT_DO": str(error),
-                   "FAULT_AT": str(place(part, operations))}  # fmt: skip
+                   "FAULT_AT": str(place(part, len(operations)))}  # fmt: skip
     training = start(environment=environment)
     assert training.wait() in (1, 2), training.output
     last = training.output.splitlines()[-1]

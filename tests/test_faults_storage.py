@@ -195,6 +195,12 @@ def test_a_damaged_checkpoint_is_never_sampled_from(workdir, capsys):
         load(workdir, "best")
 
 
+def test_a_renamed_checkpoint_is_not_taken_for_another_step(workdir, capsys):
+    (workdir / "checkpoints" / "20").rename(workdir / "checkpoints" / "99")
+    assert load(workdir, "last").step == 10
+    assert "checkpoints/99: metadata.json: it is that of step 20. Trying an older" in capsys.readouterr().err
+
+
 def test_a_checkpoint_that_is_deleted_meanwhile_is_no_damage(workdir, capsys, monkeypatch):
     """A sampler reads while a trainer deletes."""
     verify = Checkpoints.verify
@@ -286,12 +292,14 @@ def test_names_that_lead_outside_lead_nowhere(workdir, name):
         load(workdir)
 
 
-@pytest.mark.parametrize("kind", ["link", "folder link", "step link", "pipe"])
+@pytest.mark.parametrize("kind", ["link", "folder link", "step link", "pipe", "pipe for checksums"])
 def test_links_and_pipes_are_refused(workdir, tmp_path, kind):
     step = only(workdir, 20)
-    target = {"folder link": step / "ema_params", "step link": step}.get(kind, step / METADATA)
+    target = {"folder link": step / "ema_params", "step link": step}.get(
+        kind, step / (CHECKSUMS if "checksums" in kind else METADATA)
+    )
     target.rename(tmp_path / "elsewhere")
-    if kind == "pipe":
+    if "pipe" in kind:
         os.mkfifo(target)
     else:
         target.symlink_to(tmp_path / "elsewhere")
@@ -402,6 +410,7 @@ def test_ten_thousand_mutated_metadata_files(workdir):
         b"{}",
         b'"x"',
         b"9" * 30,
+        b"9" * 400,
         b"9" * 5000,
         b"0.5",
         b"\xff",
