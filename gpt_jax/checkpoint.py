@@ -112,7 +112,8 @@ class Checkpoints:
             self.wait()
         finally:
             self._background.shutdown()
-            self._orbax.close()
+            with suppress(Exception):  # the same failure again, which `wait` has said
+                self._orbax.close()
 
     def metadata(self, step: int) -> dict[str, Any]:
         """What `save` was given as metadata.

@@ -1,5 +1,6 @@
 """What goes wrong ends in one line, never in a traceback."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -18,8 +19,8 @@ def run_main(main: Callable[[], int | None]) -> int:
     """Call `main`; turn what goes wrong in a way that a user can mend into one line on stderr.
 
     Returns:
-        The exit status: what `main` returns (None is 0), 1 for a `RunError`, 2 for bad input or a file that
-        cannot be used, 130 after Ctrl-C.
+        The exit status: what `main` returns (None is 0), 2 for bad input or a file that cannot be used, 130
+        after Ctrl-C. A `RunError` ends the process at once, with 1.
     """
     with steady_output():
         try:
@@ -28,7 +29,9 @@ def run_main(main: Callable[[], int | None]) -> int:
             print(f"error: {error}", file=sys.stderr)
         except RunError as error:
             print(f"error: {error}", file=sys.stderr)
-            return 1
+            # Not by sys.exit, which waits for all threads: after a save that failed, those of Orbax 0.12 can
+            # wait ten minutes for the rest of it. What could be kept is on the disk by now.
+            os._exit(1)
         except OSError as error:
             if error.filename is None:
                 raise

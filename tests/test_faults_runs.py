@@ -443,6 +443,20 @@ def test_a_disk_that_fails(start, whole, faults_library, operations, tmp_path, e
     assert_ends_as(start, whole, workdir)
 
 
+@pytest.mark.parametrize("at", some(3, 2, 4, 6, 8, 12))
+def test_a_save_that_fails_early_ends_the_process(start, whole, faults_library, tmp_path, at):
+    """Not ten minutes later: threads of Orbax wait that long for what a failed save never comes to."""
+    unfinished = tmp_path / "run" / "checkpoints" / "30.unfinished"
+    environment = {"LD_PRELOAD": str(faults_library), "FAULT_ROOT": str(unfinished), "FAULT_DO": str(EIO),
+                   "FAULT_AT": str(at)}  # fmt: skip
+    training = start(environment=environment)
+    assert training.wait(timeout=120) == 1, training.output
+    last = training.output.splitlines()[-1]
+    assert last.startswith("error: the checkpoint of step 30 could not be saved in "), training.output
+    assert "Traceback" not in training.output, training.output
+    assert_ends_as(start, whole, tmp_path / "run")
+
+
 def test_a_workdir_that_cannot_be_written_is_noticed_at_once(start, faults_library, tmp_path):
     for error, words in ((EROFS, "Read-only file system"), (ENOSPC, "No space left on device")):
         training = start(
