@@ -34,13 +34,15 @@ for _name in ("absl", "asyncio"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 
-def _ignore_late_answers(event: Any, otherwise: Callable[[Any], None] = sys.unraisablehook) -> None:
-    """After one operation has failed, the answers of the others reach an event loop that Orbax has closed."""
-    if str(event.exc_value) != "Event loop is closed":
+def _ignore_what_is_left(event: Any, otherwise: Callable[[Any], None] = sys.unraisablehook) -> None:
+    """When one part of a read fails, Orbax leaves the others: coroutines, answers to a closed event loop."""
+    code = getattr(event.object, "cr_code", None)
+    of_orbax = code is not None and "orbax" in code.co_filename
+    if not of_orbax and str(event.exc_value) != "Event loop is closed":
         otherwise(event)
 
 
-sys.unraisablehook = _ignore_late_answers
+sys.unraisablehook = _ignore_what_is_left
 
 
 class Checkpoints:

@@ -368,6 +368,7 @@ def hostile_size(step):
 HOSTILE = [hostile_length, hostile_shape, hostile_settings, hostile_depth, hostile_size]
 
 
+@slow
 def test_bombs_are_refused_in_bounded_time_and_memory(trained, tmp_path):
     for make in HOSTILE:
         shutil.copytree(trained, tmp_path / make.__name__)
