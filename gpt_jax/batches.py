@@ -1,4 +1,4 @@
-"""Windows of tokens: random ones to train on, all of them in order to evaluate on.
+"""Windows of tokens: shuffled ones to train on, all of them in order to evaluate on.
 
 A training batch is a pure function of (key, step). No iterator state exists, so a resumed run
 cannot lose any.
@@ -41,7 +41,10 @@ def micro_batch_size(train: TrainConfig, context: int, n_shards: int) -> int:
 def train_batch(
     key: jax.Array, step: jax.Array, tokens_N: jax.Array, batch_size: int, context: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Cut `batch_size` windows at uniformly random places out of the tokens, on the device.
+    """Cut the `batch_size` windows of a step out of the tokens, on the device.
+
+    Epoch after epoch, each with an offset and an order of its own, the tokens are cut into windows that lie
+    end to end, and every window is taken once: no token is seen again before all others were.
 
     Args:
         key: the stream of batches.
@@ -53,10 +56,43 @@ def train_batch(
     Returns:
         Inputs and targets, int32 [B, T] each; the target of a token is the token after it.
     """
-    n_starts = tokens_N.shape[0] - context
-    starts_B = jax.random.randint(jax.random.fold_in(key, step), (batch_size,), 0, n_starts)
+    n_tokens = tokens_N.shape[0]
+    n_windows = max(n_tokens // context - 1, 1)  # one less than fit leaves room for the offset
+    n_offsets = n_tokens - n_windows * context
+
+    def start(number: jax.Array) -> jax.Array:
+        """Where window `number`, counted over all epochs, begins."""
+        epoch, place = number // n_windows, number % n_windows
+        offset_key, order_key = jax.random.split(jax.random.fold_in(key, epoch))
+        offset = jax.random.randint(offset_key, (), 0, n_offsets)
+        return offset + context * shuffled(order_key, place, n_windows)
+
+    starts_B = jax.vmap(start)(step * batch_size + jnp.arange(batch_size))
     windows_BxT1 = tokens_N[starts_B[:, None] + jnp.arange(context + 1)[None]].astype(jnp.int32)
     return windows_BxT1[:, :-1], windows_BxT1[:, 1:]
+
+
+def shuffled(key: jax.Array, place: jax.Array, n: int) -> jax.Array:
+    """What stands at `place` when 0 .. n - 1 are shuffled, without making the list.
+
+    A Feistel network permutes the numbers of 2h bits, 4^h of them; one that falls on n or above is permuted
+    again until it does not, which leaves a permutation of those below n ("cycle walking", Black and Rogaway
+    2002, "Ciphers with Arbitrary Finite Domains").
+    """
+    half_bits = max((n - 1).bit_length() + 1, 2) // 2
+    low_bits = (1 << half_bits) - 1
+    round_keys = jax.random.bits(key, (4,), jnp.uint32)
+
+    def permute(x: jax.Array) -> jax.Array:
+        high, low = x >> half_bits, x & low_bits
+        for round_key in round_keys:
+            mixed = (low ^ round_key) * jnp.uint32(0x9E3779B1)
+            mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x85EBCA77)
+            high, low = low, high ^ ((mixed ^ (mixed >> 13)) & low_bits)
+        return (high << half_bits) | low
+
+    x = permute(place.astype(jnp.uint32))
+    return jax.lax.while_loop(lambda x: x >= n, permute, x).astype(jnp.int32)
 
 
 def eval_windows(

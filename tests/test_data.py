@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.batches import eval_windows, micro_batch_size, train_batch
+from gpt_jax.batches import eval_windows, micro_batch_size, shuffled, train_batch
 from gpt_jax.config import ARTIFACTS, TrainConfig
 from gpt_jax.corpus import load_corpus
 from gpt_jax.errors import UserError
@@ -119,14 +119,45 @@ def test_a_batch_that_devices_cannot_share_is_named():
         micro_batch_size(TrainConfig(batch_size=6), 16, n_shards=8)
 
 
+@pytest.mark.parametrize("n_tokens, batch_size", [(1000, 16), (100, 7), (26, 50), (10, 3), (9, 8)])
+def test_an_epoch_takes_every_window_once(n_tokens, batch_size):
+    """Also where a batch spans epochs, and where the text hardly holds a window."""
+    context, n_steps = 8, 40
+    tokens = jnp.arange(n_tokens)
+    batch = jax.jit(train_batch, static_argnums=(3, 4))
+    inputs = [batch(jax.random.key(0), step, tokens, batch_size, context)[0] for step in range(n_steps)]
+    starts = np.concatenate(inputs)[:, 0]
+    n_windows = max(n_tokens // context - 1, 1)
+    epochs = [starts[i : i + n_windows] for i in range(0, len(starts) - n_windows + 1, n_windows)]
+    for epoch in epochs:
+        offset = epoch.min()
+        assert sorted(epoch) == [offset + context * i for i in range(n_windows)]
+        assert epoch.max() + context + 1 <= n_tokens
+    if len(epochs) > 20 and n_tokens > context + 1:
+        assert len({epoch.min() for epoch in epochs}) > 1
+    if n_windows > 10:
+        assert (epochs[0] - epochs[0].min() != epochs[1] - epochs[1].min()).any()
+
+
 def test_training_windows_reach_both_ends():
-    tokens = jnp.arange(12)
-    starts = {
-        int(window[0])
-        for step in range(40)
-        for window in train_batch(jax.random.key(0), step, tokens, 8, 4)[0]
-    }
-    assert starts == set(range(8))  # 8 + 4 = 12: the last target is the last token
+    tokens = jnp.arange(19)
+    batch = jax.jit(train_batch, static_argnums=(3, 4))
+    inputs = np.concatenate([batch(jax.random.key(0), step, tokens, 8, 4)[0] for step in range(40)])
+    assert set(inputs[:, 0]) == set(range(15))  # 14 + 4 = 18: the last target is the last token
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
+def test_shuffled_is_a_permutation(n):
+    orders = [
+        np.asarray(jax.vmap(lambda i, key=key: shuffled(key, i, n))(jnp.arange(n)))
+        for key in jax.random.split(jax.random.key(1), 3)
+    ]
+    for order in orders:
+        assert sorted(order) == list(range(n))
+    if n >= 1000:
+        assert (orders[0] != orders[1]).mean() > 0.9
+        # Neighbours are strangers: as far apart as two random numbers, n / 3 in the mean.
+        assert abs(np.abs(np.diff(orders[2])).mean() / n - 1 / 3) < 0.05
 
 
 @pytest.mark.parametrize("n", [2, 8, 9, 10, 33, 100])
