@@ -20,6 +20,7 @@ from flax import struct
 from gpt_jax.config import ModelConfig
 
 Params = Any  # a nested dictionary of arrays
+MOST_BIGRAMS = 2**14  # rows of a table of pairs of tokens; enough for each pair of 127 characters
 
 
 class Cache(struct.PyTreeNode):
@@ -28,10 +29,12 @@ class Cache(struct.PyTreeNode):
     Attributes:
         layers: for each layer a pair (k, v) of [B, H, S, K], S the most tokens it can hold.
         length: int32 scalar, the tokens it holds.
+        last_B: int32 [B], the last of them; V where there is none.
     """
 
     layers: tuple[tuple[jax.Array, jax.Array], ...]
     length: jax.Array
+    last_B: jax.Array
 
 
 def compute_dtype(config: ModelConfig) -> Any:
@@ -41,11 +44,12 @@ def compute_dtype(config: ModelConfig) -> Any:
     return jnp.dtype(config.dtype)
 
 
-def empty_cache(config: ModelConfig, batch_size: int) -> Cache:
+def empty_cache(config: ModelConfig, vocab_size: int, batch_size: int) -> Cache:
     """A cache with room for `config.context` tokens that holds none."""
     shape_BxHxSxK = (batch_size, config.n_head, config.context, config.d_head)
     zeros = partial(jnp.zeros, shape_BxHxSxK, compute_dtype(config))
-    return Cache(layers=tuple((zeros(), zeros()) for _ in range(config.n_layer)), length=jnp.int32(0))
+    layers = tuple((zeros(), zeros()) for _ in range(config.n_layer))
+    return Cache(layers, length=jnp.int32(0), last_B=jnp.full(batch_size, vocab_size, jnp.int32))
 
 
 def unstack_layers(params: Params) -> Params:
@@ -105,6 +109,15 @@ class GPT(nn.Module):
                 embedding_init=_init(config.init_std, ("time", "embed")),
                 name="position_embedding",
             )(positions_T)[None]
+        if config.bigram:
+            n_pairs = (self.vocab_size + 1) * self.vocab_size
+            x_BxTxD += nn.Embed(
+                min(n_pairs, MOST_BIGRAMS),
+                config.d_model,
+                dtype=dtype,
+                embedding_init=_init(0.0, ("vocab", "embed")),
+                name="bigram_embedding",
+            )(self._bigrams(tokens_BxT, cache))
         x_BxTxD = nn.Dropout(config.dropout, deterministic=deterministic)(x_BxTxD)
 
         if self.stacked:
@@ -119,7 +132,7 @@ class GPT(nn.Module):
                 x_BxTxD, layer = block(x_BxTxD, positions_T, layer)
                 layers.append(layer)
             if cache is not None:
-                cache = Cache(tuple(layers), cache.length + tokens_BxT.shape[1])
+                cache = Cache(tuple(layers), cache.length + tokens_BxT.shape[1], tokens_BxT[:, -1])
 
         x_BxTxD = make_norm(config, "final_norm")(x_BxTxD)
         if config.tied_embedding:
@@ -137,6 +150,13 @@ class GPT(nn.Module):
             cap = config.logit_soft_cap
             logits_BxTxV = cap * jnp.tanh(logits_BxTxV / cap)
         return logits_BxTxV, cache
+
+    def _bigrams(self, tokens_BxT: jax.Array, cache: Cache | None) -> jax.Array:
+        """A number for each token and the one before it; pairs of a large vocabulary share numbers."""
+        none_B = jnp.full(tokens_BxT.shape[0], self.vocab_size, tokens_BxT.dtype)
+        last_B = none_B if cache is None else cache.last_B
+        before_BxT = jnp.concatenate([last_B[:, None], tokens_BxT[:, :-1]], axis=1)
+        return (before_BxT * self.vocab_size + tokens_BxT) % MOST_BIGRAMS
 
     def _stacked_blocks(self, deterministic: bool) -> nn.Module:
         config = self.config

@@ -127,10 +127,10 @@ def prefill(model: GPT, params: Params, tokens_BxW: jax.Array, length: jax.Array
     Returns:
         The logits of the next token [B, V], and the cache.
     """
-    empty = empty_cache(model.config, tokens_BxW.shape[0])
+    empty = empty_cache(model.config, model.vocab_size, tokens_BxW.shape[0])
     logits_BxWxV, cache = _read(model, params, tokens_BxW, empty)
     # Attention never looks ahead, and the padding's keys are overwritten before they are looked at.
-    return logits_BxWxV[:, length - 1], cache.replace(length=length)
+    return logits_BxWxV[:, length - 1], cache.replace(length=length, last_B=tokens_BxW[:, length - 1])
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache")

@@ -46,7 +46,7 @@ def pytest_configure(config):
 
 # Every option of the model by itself, and the modern model that has them all.
 MODERN = {
-    "norm": "rmsnorm", "activation": "relu2", "position": "rope", "qk_norm": True,
+    "norm": "rmsnorm", "activation": "relu2", "position": "rope", "qk_norm": True, "bigram": True,
     "tied_embedding": False, "logit_soft_cap": 15.0,
 }  # fmt: skip
 MODELS = {
@@ -55,6 +55,7 @@ MODELS = {
     "rmsnorm": {"norm": "rmsnorm"},
     "rope": {"position": "rope"},
     "qk_norm": {"qk_norm": True},
+    "bigram": {"bigram": True},
     "relu2": {"activation": "relu2"},
     "swiglu": {"activation": "swiglu"},
     "untied": {"tied_embedding": False},

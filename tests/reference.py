@@ -43,6 +43,10 @@ def forward(params, config, tokens):
     x = embedding[tokens]
     if config.position == "learned":
         x = x + params["position_embedding"]["embedding"][:n_time]
+    if config.bigram:
+        vocab_size = len(embedding)
+        table = params["bigram_embedding"]["embedding"].reshape(vocab_size + 1, vocab_size, -1)
+        x = x + table[[vocab_size, *tokens[:-1]], tokens]
     blocks = params["blocks"]
     for layer in range(config.n_layer):
         attention, mlp = blocks["attention"], blocks["mlp"]

@@ -48,7 +48,7 @@ def test_a_cache_takes_several_tokens_at_a_time(pieces):
     model, params = make_model(**MODELS["modern"])
     tokens_BxT = prompt_of(T, rows=2)
     full_BxTxV, _ = apply(model, params, tokens_BxT)
-    cache, start = empty_cache(model.config, 2), 0
+    cache, start = empty_cache(model.config, VOCAB, 2), 0
     for size in pieces:
         part = tokens_BxT[:, start : start + size]
         logits, cache = apply(model, params, part, cache)
