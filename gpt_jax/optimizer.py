@@ -20,12 +20,18 @@ _MUON_AXES = {
 }
 
 
+# Settings that need not be known when a step is compiled.
+TRACEABLE = ("learning_rate", "muon_learning_rate", "weight_decay")
+
 MEDIAN_OF = 64  # gradient norms that a new one is compared with
 LEAST_NORMS = 16  # fewer are not enough to judge by
 
 
-def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
-    """The learning rate as a function of the number of updates done, for a run of `steps` updates."""
+def make_schedule(config: OptimizerConfig, steps: int, peak: Any) -> optax.Schedule:
+    """The learning rate as a function of the number of updates done, for a run of `steps` updates.
+
+    `peak` is a float, or an array where many runs are trained at once.
+    """
     warmup, final = config.warmup_steps, peak * config.final_fraction
     after = max(steps - warmup, 1)
     match config.schedule:
@@ -43,12 +49,20 @@ def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Sch
     return optax.join_schedules([rise, decay], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, steps: int, traced: dict[str, jax.Array] | None = None
+) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW, or Muon for the blocks' matrices with AdamW for the rest.
 
     Sources: AdamW (Loshchilov and Hutter 2019); Muon (Jordan et al. 2024), as in `optax.contrib`.
+
+    Args:
+        config: the settings.
+        steps: of the whole run.
+        traced: arrays in place of settings, of those in `TRACEABLE`, where many runs are trained at once.
     """
-    schedule = make_schedule(config, steps, config.learning_rate)
+    values = {name: getattr(config, name) for name in TRACEABLE} | (traced or {})
+    schedule = make_schedule(config, steps, values["learning_rate"])
     match config.name:
         case "adamw":
             optimizer = optax.adamw(
@@ -56,15 +70,15 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
                 b1=config.b1,
                 b2=config.b2,
                 eps=config.eps,
-                weight_decay=config.weight_decay,
+                weight_decay=values["weight_decay"],
                 mask=is_matrix,
             )
         case "muon":
             optimizer = optax.contrib.muon(
-                make_schedule(config, steps, config.muon_learning_rate),
+                make_schedule(config, steps, values["muon_learning_rate"]),
                 beta=config.muon_momentum,
                 eps=config.eps,
-                weight_decay=config.weight_decay,
+                weight_decay=values["weight_decay"],
                 adam_b1=config.b1,
                 adam_b2=config.b2,
                 adam_learning_rate=schedule,

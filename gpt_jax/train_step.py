@@ -22,7 +22,7 @@ Metrics = dict[str, Any]
 TrainSteps = Any  # a jitted or compiled (state, tokens_N, n_steps) -> (state, metrics)
 
 
-def stream(seed: int, name: int) -> jax.Array:
+def stream(seed: int | jax.Array, name: int) -> jax.Array:
     """The random stream `name` of a run."""
     return jax.random.fold_in(jax.random.key(seed), name)
 
@@ -55,6 +55,53 @@ def loss_and_gradient(
     return jax.tree.map(lambda x: x / accumulate, total)
 
 
+def train_step(
+    state: TrainState,
+    tokens_N: jax.Array,
+    seed: int | jax.Array,
+    config: Config,
+    model: GPT,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> tuple[TrainState, Metrics, Metrics]:
+    """One update, left out where a loss, a gradient or an updated parameter is not finite.
+
+    Args:
+        state: what to update.
+        tokens_N: the training split.
+        seed: of the run; `config.seed`, or an array of many runs' where they are trained at once.
+        config, model, optimizer, mesh: what to train and where.
+
+    Returns:
+        The new state; "loss", "grad_norm" and "skipped"; and "grad_norms" and "finite", a tree each: see
+        `make_train_steps`.
+    """
+    train, context = config.train, config.model.context
+    n_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    accumulate = train.batch_size // micro_batch_size(train, context, n_shards)
+    batch = train_batch(stream(seed, BATCH_STREAM), state.step, tokens_N, train.batch_size, context)
+    inputs_BxT, targets_BxT = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
+    dropout_key = jax.random.fold_in(stream(seed, DROPOUT_STREAM), state.step)
+    loss, gradient = loss_and_gradient(state.params, model, inputs_BxT, targets_BxT, dropout_key, accumulate)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema_params = state.ema_params
+    if ema_params is not None:
+        ema_params = optax.incremental_update(params, ema_params, 1 - config.optimizer.ema_decay)
+    by_array = {
+        "grad_norms": jax.tree.map(jnp.linalg.norm, gradient),
+        "finite": jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params),
+    }
+    grad_norm = optax.tree.norm(gradient)
+    metrics = {"loss": loss, "grad_norm": grad_norm, "skipped": count_skipped(opt_state)}
+    new_state = TrainState(state.step + 1, params, opt_state, ema_params)
+    # An update from what is not finite would spoil the state for good: the old one stays.
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    finite &= jnp.stack(jax.tree.leaves(by_array["finite"])).all()
+    state = jax.tree.map(lambda old, new: jnp.where(finite, new, old), state, new_state)
+    return state, metrics, by_array
+
+
 def make_train_steps(
     config: Config,
     model: GPT,
@@ -72,8 +119,7 @@ def make_train_steps(
 
     Returns:
         `(state, tokens_N, n_steps) -> (state, metrics)`: `n_steps` updates, at most M. The state that
-        goes in is consumed. Where a loss, a gradient or an updated parameter is not finite, that update
-        is left out and the call ends. Metrics:
+        goes in is consumed. Where an update is left out as not finite the call ends. Metrics:
 
         - "loss" (nats a token, of the batch before its update), "grad_norm" (global, before clipping):
           float32 [M], one for each update, and for the one left out.
@@ -82,37 +128,6 @@ def make_train_steps(
         - "grad_norms": the norm of each array's gradient at the last step, in the tree of the parameters.
         - "finite": for each array of the parameters whether the last step's update left all of it finite.
     """
-    train, context = config.train, config.model.context
-    n_shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    accumulate = train.batch_size // micro_batch_size(train, context, n_shards)
-    batch_key = stream(config.seed, BATCH_STREAM)
-    dropout_stream = stream(config.seed, DROPOUT_STREAM)
-
-    def train_step(state: TrainState, tokens_N: jax.Array) -> tuple[TrainState, Metrics, Metrics]:
-        batch = train_batch(batch_key, state.step, tokens_N, train.batch_size, context)
-        inputs_BxT, targets_BxT = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
-        dropout_key = jax.random.fold_in(dropout_stream, state.step)
-        loss, gradient = loss_and_gradient(
-            state.params, model, inputs_BxT, targets_BxT, dropout_key, accumulate
-        )
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema_params = state.ema_params
-        if ema_params is not None:
-            rate = 1 - config.optimizer.ema_decay
-            ema_params = optax.incremental_update(params, ema_params, rate)
-        by_array = {
-            "grad_norms": jax.tree.map(jnp.linalg.norm, gradient),
-            "finite": jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params),
-        }
-        grad_norm = optax.tree.norm(gradient)
-        metrics = {"loss": loss, "grad_norm": grad_norm, "skipped": count_skipped(opt_state)}
-        new_state = TrainState(state.step + 1, params, opt_state, ema_params)
-        # An update from what is not finite would spoil the state for good: the old one stays.
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        finite &= jnp.stack(jax.tree.leaves(by_array["finite"])).all()
-        state = jax.tree.map(lambda old, new: jnp.where(finite, new, old), state, new_state)
-        return state, metrics, by_array
 
     def train_steps(state: TrainState, tokens_N: jax.Array, n_steps: jax.Array) -> tuple[TrainState, Metrics]:
         first_step = state.step
@@ -125,7 +140,9 @@ def make_train_steps(
 
         def body(carry: tuple[jax.Array, TrainState, Metrics, Metrics]) -> tuple[Any, ...]:
             i, state, history, _ = carry
-            state, metrics, by_array = train_step(state, tokens_N)
+            state, metrics, by_array = train_step(
+                state, tokens_N, config.seed, config, model, optimizer, mesh
+            )
             history = {name: history[name].at[i].set(metrics[name]) for name in history}
             return i + 1, state, history, by_array
 

@@ -1,0 +1,237 @@
+"""Train variations of a config, several seeds each, and compare their losses.
+
+    python benchmarks/sweep.py --config configs/shakespeare_cpu.py --out sweep.jsonl --seeds 1 2 3 \\
+        --grid optimizer.muon_learning_rate=0.01,0.02,0.04 --variant "model.bigram=True model.dropout=0.1"
+
+--grid (each adds a dimension) and --variant (each adds a point, a list of settings) multiply; `key=value`
+at the end holds for all. Writes one JSON line a run, and leaves out the runs that the file already has, so
+the same command goes on after a stop. --together 8 trains up to 8 runs that differ only in seed, learning
+rates and weight decay at once (`jax.vmap` over runs): a small model leaves a GPU nearly idle. At the end, and
+with --show alone, prints a table: mean and spread over the seeds.
+"""
+
+import argparse
+import ast
+import itertools
+import json
+import platform
+import runpy
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout that this file lies in
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from gpt_jax.config import REPOSITORY, Config, flatten
+from gpt_jax.corpus import Corpus, load_corpus
+from gpt_jax.errors import UserError, run_main
+from gpt_jax.loss import make_loss_of_tokens
+from gpt_jax.model import GPT
+from gpt_jax.optimizer import TRACEABLE, make_optimizer
+from gpt_jax.resume import settle
+from gpt_jax.sharding import make_mesh
+from gpt_jax.train_state import TrainState, count_params, init_params
+from gpt_jax.train_step import INIT_STREAM, stream, train_step
+
+Settings = dict[str, Any]
+
+
+def parse_settings(text: str) -> Settings:
+    """`"a.b=1 c.d=True"` as a dictionary; values are Python's, or else plain strings."""
+    settings = {}
+    for part in text.split():
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise UserError(f"{part!r} is no setting: write key=value")
+        settings[key] = _value(value)
+    return settings
+
+
+def all_settings(grids: list[str], variants: list[str], common: list[str]) -> Iterator[Settings]:
+    """Every combination of a point of each grid and a variant."""
+    dimensions = []
+    for grid in grids:
+        key, _, values = grid.partition("=")
+        dimensions.append([{key: _value(value)} for value in values.split(",")])
+    dimensions.append([parse_settings(variant) for variant in variants] or [{}])
+    for point in itertools.product(*dimensions):
+        settings = parse_settings(" ".join(common))
+        for part in point:
+            settings |= part
+        yield settings
+
+
+def with_settings(base: Config, settings: Settings, seed: int) -> Config:
+    """A config with some settings changed.
+
+    Raises:
+        UserError: an unknown setting, or a bad value.
+    """
+    values = base.to_dict() | {"seed": seed}
+    for key, value in settings.items():
+        group, _, name = key.rpartition(".")
+        if group not in values or name not in values[group]:
+            raise UserError(f"unknown setting {key}")
+        values[group][name] = value
+    return Config.from_dict(values)
+
+
+def train_together(configs: list[Config], corpus: Corpus) -> tuple[list[list[tuple[int, float]]], float, int]:
+    """Train runs that differ in seed and `TRACEABLE` settings alone, all at once.
+
+    Returns:
+        For each run its evaluations (step, loss by the headline protocol); the seconds that all took,
+        compilation left out; and the parameters of one model.
+    """
+    mesh = make_mesh(configs[0].mesh, jax.devices()[:1])
+    config = settle(configs[0], mesh)
+    model = GPT(config.model, corpus.tokenizer.vocab_size)
+    seeds_R = jnp.array([c.seed for c in configs], jnp.uint32)
+    traced_R = {name: jnp.array([getattr(c.optimizer, name) for c in configs]) for name in TRACEABLE}
+    keep_ema = config.optimizer.ema_decay > 0
+
+    def init(seed: jax.Array, traced: dict[str, jax.Array]) -> TrainState:
+        params = nn.unbox(init_params(model, stream(seed, INIT_STREAM)))
+        optimizer = make_optimizer(config.optimizer, config.train.steps, traced)
+        ema_params = jax.tree.map(jnp.copy, params) if keep_ema else None
+        return TrainState(jnp.int32(0), params, optimizer.init(params), ema_params)
+
+    def train(
+        state: TrainState, seed: jax.Array, traced: dict[str, jax.Array], tokens_N: jax.Array, n: jax.Array
+    ) -> TrainState:
+        optimizer = make_optimizer(config.optimizer, config.train.steps, traced)
+
+        def body(_: int, state: TrainState) -> TrainState:
+            return train_step(state, tokens_N, seed, config, model, optimizer, mesh)[0]
+
+        return jax.lax.fori_loop(0, n, body, state)
+
+    states = jax.jit(jax.vmap(init))(seeds_R, traced_R)
+    tokens_N = jnp.asarray(corpus.train)
+    train_all = jax.jit(jax.vmap(train, in_axes=(0, 0, 0, None, None)), donate_argnums=0)
+    compiled = train_all.lower(states, seeds_R, traced_R, tokens_N, jnp.int32(1)).compile()
+    loss_of_tokens = make_loss_of_tokens(model, config.train.batch_size // config.train.accumulate)
+
+    evaluations: list[list[tuple[int, float]]] = [[] for _ in configs]
+    begun, step = time.monotonic(), 0
+    while step < config.train.steps:
+        n = min(config.train.eval_every, config.train.steps - step)
+        states = compiled(states, seeds_R, traced_R, tokens_N, jnp.int32(n))
+        step += n
+        for run in range(len(configs)):
+            params = jax.tree.map(lambda leaf, run=run: leaf[run], states.eval_params)
+            evaluations[run].append((step, round(loss_of_tokens(params, corpus.val), 5)))
+    return evaluations, time.monotonic() - begun, count_params(params)
+
+
+def sweep(
+    base: Config, name: str, points: list[Settings], seeds: list[int], out: Path, together: int
+) -> None:
+    """Train what `out` does not have yet."""
+    done = {_identity(line) for line in read_lines(out)}
+    groups: dict[str, list[tuple[Settings, Config]]] = defaultdict(list)
+    for settings, seed in itertools.product(points, seeds):
+        config = with_settings(base, settings, seed)
+        if _identity({"config": name, "settings": settings, "seed": seed}) not in done:
+            groups[_shape_of(config)].append((settings, config))
+    for group in groups.values():
+        for first in range(0, len(group), together):
+            part = group[first : first + together]
+            corpus = load_corpus(base.data.file, part[0][1].model.context, base.data.train_fraction)
+            evaluations, seconds, n_params = train_together([config for _, config in part], corpus)
+            for (settings, config), losses in zip(part, evaluations, strict=True):
+                line = {
+                    "config": name, "settings": settings, "seed": config.seed, "val_loss": losses[-1][1],
+                    "evaluations": losses, "parameters": n_params, "together": len(part),
+                    "seconds": round(seconds, 1), **_where(),
+                }  # fmt: skip
+                with out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(
+                    f"{losses[-1][1]:.4f}  seed {config.seed}  {seconds:.0f} s  {_show(settings)}", flush=True
+                )
+
+
+def print_table(lines: list[dict[str, Any]]) -> None:
+    """Mean and spread over the seeds, lowest first."""
+    losses: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for line in lines:
+        losses[line["config"], _show(line["settings"])].append(line["val_loss"])
+    print("   mean   spread  seeds  settings")
+    for (name, settings), values in sorted(losses.items(), key=lambda item: float(np.mean(item[1]))):
+        spread = max(values) - min(values)
+        print(f"{np.mean(values):7.4f}  {spread:7.4f}  {len(values):5}  {name} {settings}")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The runs that a file has; none where it is not there."""
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    )
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _show(settings: Settings) -> str:
+    return " ".join(f"{key}={value}" for key, value in settings.items())
+
+
+def _identity(line: dict[str, Any]) -> str:
+    return json.dumps([line["config"], line["settings"], line["seed"]], sort_keys=True)
+
+
+def _shape_of(config: Config) -> str:
+    """Equal for runs that one program can train at once."""
+    free = {"seed", *(f"optimizer.{name}" for name in TRACEABLE)}
+    return json.dumps({key: value for key, value in flatten(config).items() if key not in free})
+
+
+def _where() -> dict[str, str]:
+    commit = subprocess.run(
+        ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
+    device = jax.devices()[0]
+    kind = platform.processor() or platform.machine() if device.platform == "cpu" else device.device_kind
+    return {"device": kind, "jax": version("jax"), "commit": commit.stdout.strip()}
+
+
+def main() -> int:
+    """Parse the flags, train, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    flag = parser.add_argument
+    flag("--config", help="a config file")
+    flag("--out", type=Path, required=True, help="JSON lines, one a run; appended to")
+    flag("--seeds", type=int, nargs="+", default=[1337])
+    flag("--grid", action="append", default=[], metavar="KEY=V1,V2", help="values of a setting")
+    flag("--variant", action="append", default=[], metavar="'K=V K=V'", help="a list of settings")
+    flag("--together", type=int, default=1, help="runs trained at once, where their shapes agree (1)")
+    flag("--show", action="store_true", help="train nothing, print the table of --out")
+    flag("common", nargs="*", metavar="KEY=V", help="settings of all runs")
+    flags = parser.parse_args()
+    if not flags.show:
+        if flags.config is None:
+            raise UserError("--config is missing: try --config configs/shakespeare_cpu.py")
+        base = Config.from_dict(runpy.run_path(flags.config)["get_config"]())
+        points = list(all_settings(flags.grid, flags.variant, flags.common))
+        sweep(base, Path(flags.config).stem, points, flags.seeds, flags.out, flags.together)
+    print_table(read_lines(flags.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
