@@ -103,11 +103,8 @@ def watch(
     return TimedRun(who, shown, seconds, reached, min(e["loss"] for e in seen), seen)
 
 
-def time_ours(
-    config: Path, settings: Sequence[str], target: float, workdir: Path, environment: Mapping[str, str]
-) -> TimedRun:
-    """Run train.py. A line of its output says that something happened, metrics.jsonl says what."""
-    arguments = [f"--config={config}", *settings]
+def follow(workdir: Path) -> EvaluationsAfter:
+    """For `watch`: a line of train.py's output says that something happened, its metrics.jsonl says what."""
     n_seen = 0
 
     def evaluations_after(line: str) -> list[Evaluation]:
@@ -118,15 +115,29 @@ def time_ours(
             {"step": r["step"], "loss": r["val_loss"], "seconds_by_its_own_clock": r["seconds"]} for r in new
         ]
 
-    command = [sys.executable, str(REPOSITORY / "train.py"), *arguments, f"--workdir={workdir}"]
+    return evaluations_after
+
+
+def time_ours(
+    config: Path, settings: Sequence[str], target: float, workdir: Path, environment: Mapping[str, str]
+) -> TimedRun:
+    """Run train.py."""
+    program, arguments = REPOSITORY / "train.py", [f"--config={config}", f"--workdir={workdir}", *settings]
     shown = f"python train.py --config={_short(config)} {shlex.join(settings)}".rstrip()
-    return watch("gpt_jax", command, target, evaluations_after, shown, env=environment)
+    return watch(
+        "gpt_jax", [sys.executable, str(program), *arguments], target, follow(workdir), shown, env=environment
+    )
 
 
 def nanogpt_evaluations(line: str) -> list[Evaluation]:
     """The evaluation in a line that nanoGPT prints, if it is one."""
     found = re.match(r"step (\d+): train loss (\S+), val loss (\S+)", line)
     return [{"step": int(found[1]), "loss": float(found[3])}] if found else []
+
+
+def absolute_program(name: str) -> str:
+    """A program that can be started from any folder; a link stays one, as a virtual environment's is."""
+    return os.path.abspath(shutil.which(name) or name)
 
 
 def prepare_nanogpt(checkout: Path, python: str, copy: Path) -> list[str]:
@@ -209,7 +220,13 @@ def main() -> int:
     flag("--target", type=float, default=1.88, help="nats per character (%(default)s)")
     flag("--config", type=Path, default=REPOSITORY / "configs" / "shakespeare_cpu.py", help="our recipe")
     flag("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT, to run in turn")
-    flag("--nanogpt_python", default=sys.executable, metavar="PYTHON", help="a Python that has torch")
+    flag(
+        "--nanogpt_python",
+        type=absolute_program,
+        default=sys.executable,
+        metavar="PYTHON",
+        help="a Python that has torch",
+    )
     flag("--repeats", type=int, default=3, help="runs of each (%(default)s)")
     flag("--json", type=Path, metavar="FILE", help="write everything here")
     flags, settings = parser.parse_known_args()

@@ -2,14 +2,19 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import time
 
+import gpu
 import pytest
 from time_to_loss import TimedRun, nanogpt_evaluations, summarize
 
 from gpt_jax.config import REPOSITORY
 
+BENCHMARKS = REPOSITORY / "benchmarks"
 SMOKE = REPOSITORY / "configs" / "smoke.py"
 # A program with the manners of nanoGPT's: it wants its data, and evaluates now and then.
 STAND_IN = """
@@ -31,12 +36,12 @@ def run(*command):
     """A benchmark as a user runs it, on one device; nothing here needs XLA to try hard."""
     environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     return subprocess.run(
-        [*map(str, command)], env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300
+        [*map(str, command)], env=environment, capture_output=True, text=True, encoding="utf-8", timeout=600
     )
 
 
 def time_to_loss(*arguments):
-    return run(sys.executable, REPOSITORY / "benchmarks" / "time_to_loss.py", *arguments)
+    return run(sys.executable, BENCHMARKS / "time_to_loss.py", *arguments)
 
 
 @pytest.fixture
@@ -131,3 +136,110 @@ def test_medians_and_their_ratio():
     assert summary["not_reached"] == {"gpt_jax": 0, "nanoGPT": 1}
     assert summarize([timed("gpt_jax", 1.0, reached=False), *theirs])["nanogpt_over_gpt_jax"] is None
     assert summarize(ours)["nanogpt_over_gpt_jax"] is None
+
+
+def gpu_step(step, folder):
+    """The command of one step, dry."""
+    return (
+        sys.executable, BENCHMARKS / "gpu.py", step, "--out", folder, "--work", folder, "--dry",
+    )  # fmt: skip
+
+
+def test_the_gpu_steps_have_their_time_and_it_is_nine_minutes():
+    script = (BENCHMARKS / "gpu.sh").read_text(encoding="utf-8")
+    limits = dict(re.findall(r"^step (\w+) (\d+)", script, flags=re.MULTILINE))
+    assert set(limits) == {*gpu.STEPS, "summary"} and list(limits)[-1] == "summary"
+    grace = 3  # seconds until what does not end is killed
+    assert f"timeout -k {grace} " in script
+    assert sum(int(limit) + grace for limit in limits.values()) < 9 * 60
+
+
+def test_gpu_steps_that_fail_say_why_and_the_summary_says_which(tmp_path):
+    assert run(*gpu_step("facts", tmp_path)).returncode == 0
+    assert run(*gpu_step("nanogpt_eager", tmp_path)).returncode == 0  # there is nothing to do
+    done = run(*gpu_step("sampling", tmp_path))  # no model was trained before
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert run(*gpu_step("summary", tmp_path)).returncode == 1
+
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert summary["facts"]["ok"] and summary["facts"]["devices"].endswith("(cpu)")
+    assert summary["facts"]["versions"]["jax"] and summary["facts"]["machine"]["cores"] >= 1
+    assert "no trained run in" in summary["sampling"]["error"]
+    assert summary["record_5"] == {"ok": False, "error": "left no result: killed, or never begun"}
+    failed = ["record_4", "record_3", "record_5", "sampling", "determinism", "nanogpt_compiled"]
+    assert not summary["ok"] and summary["failed"] == failed
+
+
+def test_a_gpu_step_whose_time_is_over_leaves_what_it_has(tmp_path):
+    step = subprocess.Popen([*map(str, gpu_step("record_5", tmp_path))], stdout=subprocess.PIPE)
+    log = tmp_path / "record_5.log"
+    deadline = time.monotonic() + 100
+    while not (log.exists() and "parameters" in log.read_text(encoding="utf-8")):
+        assert step.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    step.terminate()  # as `timeout` does
+    step.communicate(timeout=60)
+    assert step.returncode == 1
+    result = json.loads((tmp_path / "record_5.json").read_text(encoding="utf-8"))
+    assert not result["ok"] and result["error"] == "TimeoutError: its time is over"
+    assert result["parameters"] > 1000 and result["evaluations"] == []
+
+
+def test_training_time_is_that_of_the_steps_alone(tmp_path):
+    log = tmp_path / "log"
+    log.write_text(
+        "device  1 x cpu (cpu)\nmodel   15,488 parameters: 1 layers\ncompile ... 12.5 s\nstep 2: ...\n"
+    )
+    (tmp_path / "config.json").write_text(
+        json.dumps({"train": {"batch_size": 4, "steps": 9}, "model": {"context": 25}})
+    )
+    records = [  # of 100 tokens a step: one step of 2 s, one of 0.5 s, two of 0.25 s
+        {"step": 1, "seconds": 22.0, "train_loss": 3.0, "tokens_per_second": 50.0},
+        {"step": 2, "seconds": 25.5, "train_loss": 3.0, "tokens_per_second": 200.0, "val_loss": 2.0},
+        {"step": 4, "seconds": 31.0, "train_loss": 3.0, "tokens_per_second": 400.0, "val_loss": 2.5},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    result = {}
+    gpu.describe(tmp_path, log, result)
+    assert result == {
+        "device": "1 x cpu (cpu)",
+        "parameters": 15_488,
+        "compile_seconds": 12.5,
+        "evaluations": [
+            {"step": 2, "loss": 2.0, "train_seconds": 2.5, "wall_seconds": 5.5, "process_seconds": 25.5},
+            {"step": 4, "loss": 2.5, "train_seconds": 3.0, "wall_seconds": 11.0, "process_seconds": 31.0},
+        ],
+        "steps": 4,
+        "steps_wanted": 9,
+        "final_loss": 2.5,
+        "best_loss": 2.0,
+        "tokens_per_second": 300.0,
+        "step_milliseconds": 333.333,
+    }
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU here")
+def test_without_a_gpu_nothing_is_measured(tmp_path):
+    *command, dry = gpu_step("record_5", tmp_path)
+    assert dry == "--dry" and run(*command).returncode == 1
+    result = json.loads((tmp_path / "record_5.json").read_text(encoding="utf-8"))
+    assert result["error"].startswith("UserError: nvidia-smi finds no GPU here")
+
+
+@pytest.mark.slow
+def test_all_gpu_steps_on_a_cpu(tmp_path):
+    done = run("env", f"PYTHON={sys.executable}", "bash", BENCHMARKS / "gpu.sh", "--dry", tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    best = {"record_4", "record_3"}  # of a config that may not be there yet
+    missing = set() if (REPOSITORY / "configs" / "shakespeare_best.py").exists() else best
+    assert set(summary["failed"]) == missing and done.returncode == int(bool(missing)), done.stdout
+    for name in missing:
+        assert summary[name]["error"] == "UserError: configs/shakespeare_best.py is missing"
+    for name in best - missing:
+        assert summary[name]["best_loss"] < 9 and summary[name]["compile_seconds"] > 0
+    if not missing:
+        assert all(target["train_seconds"] > 0 for target in summary["record_4"]["targets"].values())
+    assert summary["record_5"]["final_loss"] < 9 and summary["record_5"]["step_milliseconds"] > 0
+    assert summary["sampling"]["characters_per_second_compiled_before"] > 0
+    assert summary["determinism"]["deterministic"]["equal"] and summary["determinism"]["default"]["of"] > 10
+    assert {path.stem for path in tmp_path.glob("*.json")} == {*gpu.STEPS, "summary"}
