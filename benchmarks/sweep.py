@@ -14,14 +14,11 @@ import argparse
 import ast
 import itertools
 import json
-import platform
 import runpy
-import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from facts import commit, machine
 from flax import linen as nn
 
-from gpt_jax.config import REPOSITORY, Config, flatten
+from gpt_jax.backend import describe_devices
+from gpt_jax.config import Config, flatten
 from gpt_jax.corpus import Corpus, load_corpus
 from gpt_jax.errors import UserError, run_main
 from gpt_jax.loss import make_loss_of_tokens
@@ -153,7 +152,8 @@ def sweep(
                 line = {
                     "config": name, "settings": settings, "seed": config.seed, "val_loss": losses[-1][1],
                     "evaluations": losses, "parameters": n_params, "together": len(part),
-                    "seconds": round(seconds, 1), **_where(),
+                    "seconds": round(seconds, 1), "device": describe_devices(), "jax": jax.__version__,
+                    "machine": machine(), "commit": commit(),
                 }  # fmt: skip
                 with out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
@@ -199,15 +199,6 @@ def _shape_of(config: Config) -> str:
     """Equal for runs that one program can train at once."""
     free = {"seed", *(f"optimizer.{name}" for name in TRACEABLE)}
     return json.dumps({key: value for key, value in flatten(config).items() if key not in free})
-
-
-def _where() -> dict[str, str]:
-    commit = subprocess.run(
-        ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
-    device = jax.devices()[0]
-    kind = platform.processor() or platform.machine() if device.platform == "cpu" else device.device_kind
-    return {"device": kind, "jax": version("jax"), "commit": commit.stdout.strip()}
 
 
 def main() -> int:
