@@ -13,6 +13,7 @@ from gpt_jax.config import ARTIFACTS, REPOSITORY, Config
 from gpt_jax.corpus import Corpus
 from gpt_jax.metrics import Record, best_record, show_time
 from gpt_jax.model import compute_dtype
+from gpt_jax.train_state import name_leaves
 
 LONG_ON_A_CPU = 30 * 60  # seconds; whoever waits longer should know of the small recipe
 
@@ -88,12 +89,6 @@ def describe_bad_evaluation(step: int, val_loss: float, saved_step: int) -> str:
         f"step {step:,}: the validation loss is {val_loss}; this state is not saved, the newest checkpoint, "
         f"of step {saved_step:,}, is kept. Start another run with a lower learning rate"
     )
-
-
-def name_leaves(tree: Any) -> dict[str, Any]:
-    """`{"blocks.mlp.up.kernel": leaf}`: the leaves of a tree by their paths."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def describe_end(records: list[Record], workdir: Path) -> str:

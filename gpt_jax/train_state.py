@@ -90,6 +90,12 @@ def count_params(params: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def name_leaves(tree: Any) -> dict[str, Any]:
+    """`{"blocks.mlp.up.kernel": leaf}`: the leaves of a tree by their paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
 def _is_masked(leaf: Any) -> bool:
     return isinstance(leaf, optax.MaskedNode)  # stands where one part of an optimizer leaves a parameter
 
