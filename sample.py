@@ -30,7 +30,7 @@ def main() -> None:
     flag("--num_samples", type=int, default=1, help="texts to generate side by side (%(default)s)")
     flag("--seed", type=int, default=0, help="the same seed gives the same text (%(default)s)")
     flag("--which", choices=("best", "last"), default="best", help="checkpoint (%(default)s)")
-    flag("--workdir", type=Path, help="a run (the newest in artifacts/)")
+    flag("--workdir", type=Path, help="a run, or an exported model (the newest run in artifacts/)")
     flag("--out", type=Path, default=ARTIFACTS / "output.txt", help="file to write (%(default)s)")
     flag("--window", choices=WINDOWS, default=WINDOWS[0], help="what is seen past the context")
     flag("--show", type=int, default=500, help="characters to show on the terminal (%(default)s)")

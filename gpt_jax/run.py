@@ -1,5 +1,6 @@
 """A trained model, read back from its run: to sample from, to look into, to evaluate."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -13,6 +14,7 @@ from gpt_jax.batches import micro_batch_size
 from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.config import ARTIFACTS, Config, MeshConfig
 from gpt_jax.errors import UserError
+from gpt_jax.exported import is_exported, read_exported
 from gpt_jax.integrity import DamagedError
 from gpt_jax.loss import LossOfTokens, make_loss_of_tokens
 from gpt_jax.metadata import Metadata, read_metadata
@@ -24,6 +26,7 @@ from gpt_jax.tokenizer import CharTokenizer
 from gpt_jax.train_state import abstract_params, count_params
 from gpt_jax.train_step import SAMPLE_STREAM, stream
 
+PRETRAINED = ARTIFACTS / "pretrained"
 WINDOWS = ("half", "exact")
 MOST_COMPRESSION = 100  # no parameters worth reading are packed tighter; a bomb is
 
@@ -39,6 +42,7 @@ class Run:
         tokenizer: text to ids and back.
         step: updates that made the parameters.
         metadata: what else the checkpoint says: losses, data fingerprint, library versions.
+        source: "best checkpoint", "last checkpoint", or "exported model".
     """
 
     config: Config
@@ -47,6 +51,7 @@ class Run:
     tokenizer: CharTokenizer
     step: int
     metadata: Metadata
+    source: str
 
     def generate(
         self,
@@ -140,21 +145,36 @@ def _logits(model: GPT, params: Params, tokens_BxT: np.ndarray) -> jax.Array:
 
 
 def load(workdir: str | Path, which: str = "best") -> Run:
-    """Read the model of a run. A damaged checkpoint is named on stderr and the next good one taken.
+    """Read the model of a run, or an exported one.
+
+    A damaged checkpoint is named on stderr and the next good one taken.
 
     Args:
-        workdir: the folder of the run.
-        which: "best" (by validation loss) or "last".
+        workdir: the folder of the run, or what `gpt_jax.export` wrote.
+        which: "best" (by validation loss) or "last"; an exported model is the only one of its folder.
 
     Raises:
-        UserError: there is no checkpoint, or its arrays do not fit its settings.
+        UserError: there is no checkpoint, its arrays do not fit its settings, or an exported model is
+            damaged.
         RunError: no checkpoint is whole.
     """
     workdir = Path(workdir).expanduser()
     if which not in ("best", "last"):
         raise UserError(f"which = {which!r} must be 'best' or 'last'")
-    if not has_checkpoint(workdir):
+    if has_checkpoint(workdir):
+        source = f"{which} checkpoint"
+        metadata, params = _read_checkpoint(workdir, which)
+    elif is_exported(workdir):
+        source = "exported model"
+        metadata, params = read_exported(workdir)
+    else:
         raise UserError(f"no trained run in {workdir}: {_HOW_TO_TRAIN}")
+    config, tokenizer = metadata.config, metadata.tokenizer
+    model = GPT(config.model, tokenizer.vocab_size, stacked=False)
+    return Run(config, model, params, tokenizer, metadata.step, metadata, source)
+
+
+def _read_checkpoint(workdir: Path, which: str) -> tuple[Metadata, Params]:
     checkpoints = Checkpoints(checkpoint_folder(workdir))
 
     def steps() -> list[int]:
@@ -179,21 +199,27 @@ def load(workdir: str | Path, which: str = "best") -> Run:
         (metadata, params), _ = checkpoints.first_good(steps, read)
     finally:
         checkpoints.close()
-    config, tokenizer = metadata.config, metadata.tokenizer
-    model = GPT(config.model, tokenizer.vocab_size, stacked=False)
-    return Run(config, model, jax.jit(unstack_layers)(params), tokenizer, metadata.step, metadata)
+    return metadata, jax.jit(unstack_layers)(params)
 
 
 def newest_run() -> Path:
     """The folder below `artifacts/` whose checkpoints changed last.
 
+    Where there is none, as in a fresh clone, the exported model that comes with the code; stderr says so.
+
     Raises:
-        UserError: no run there has a checkpoint.
+        UserError: no run there has a checkpoint, and no model came with the code.
     """
     runs = [folder for folder in ARTIFACTS.iterdir() if has_checkpoint(folder)]
-    if not runs:
-        raise UserError(f"no trained run in {ARTIFACTS}: {_HOW_TO_TRAIN}")
-    return max(runs, key=lambda folder: checkpoint_folder(folder).stat().st_mtime)
+    if runs:
+        return max(runs, key=lambda folder: checkpoint_folder(folder).stat().st_mtime)
+    if is_exported(PRETRAINED):
+        print(
+            f"no run of your own in {ARTIFACTS}: taking {PRETRAINED.name}/, which comes with the code",
+            file=sys.stderr,
+        )
+        return PRETRAINED
+    raise UserError(f"no trained run in {ARTIFACTS}: {_HOW_TO_TRAIN}")
 
 
 def checkpoint_folder(workdir: Path) -> Path:

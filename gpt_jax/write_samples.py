@@ -29,7 +29,7 @@ def write_samples(
     """Generate text, show its beginning on the terminal, and write all of it to a file.
 
     Args:
-        workdir: a run; None takes the newest below `artifacts/`.
+        workdir: a run or an exported model; None takes what `gpt_jax.run.newest_run` finds.
         which: "best" or "last" checkpoint.
         prompt: what to continue; it begins each sample in the file.
         prompt_file: a UTF-8 file to take the prompt from instead.
@@ -55,7 +55,7 @@ def write_samples(
         raise UserError(f"out = {out} is a folder: name a file in it")
     out.parent.mkdir(parents=True, exist_ok=True)
 
-    print(f"{workdir}, {which} checkpoint, step {run.step:,}", file=sys.stderr)
+    print(f"{workdir}, {run.source}, step {run.step:,}", file=sys.stderr)
     print(prompt, end="", flush=True)
     grown: list[list[str]] = [[prompt] for _ in range(num_samples)]
     to_show = max(show, 0)
