@@ -9,7 +9,7 @@ from gpt_jax.config import REPOSITORY
 ORDER = [
     "output", "errors", "config", "tokenizer", "corpus", "batches", "model", "loss", "optimizer", "sharding",
     "train_state", "train_step", "backend", "integrity", "lock", "metrics", "checkpoint", "metadata",
-    "exported", "sampling", "sampler", "run", "signals", "report", "resume", "trainer", "evaluate",
+    "exported", "sampling", "sampler", "run", "signals", "report", "resume", "trainer", "evaluate", "export",
     "write_samples",
 ]  # fmt: skip
 PACKAGE = REPOSITORY / "gpt_jax"

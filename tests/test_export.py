@@ -1,0 +1,368 @@
+"""A trained model in a folder to give away: written, read back, damaged, and found in a fresh clone."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from test_commands import environment
+
+import gpt_jax
+from gpt_jax import exported, trainer
+from gpt_jax.config import REPOSITORY, Config
+from gpt_jax.errors import RunError, UserError
+from gpt_jax.evaluate import evaluate
+from gpt_jax.export import as_stored, export, training_command
+from gpt_jax.exported import CARD, CONFIG, FILES, MODEL, TOKENIZER
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run that keeps an average of its parameters, on a text of its own."""
+    folder = tmp_path_factory.mktemp("trained")
+    text = folder / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 60, encoding="utf-8")
+    config = Config.from_dict({
+        "model": {"n_layer": 2, "n_head": 2, "d_model": 32, "context": 16},
+        "data": {"path": str(text)},
+        "optimizer": {"warmup_steps": 5, "learning_rate": 1e-2, "ema_decay": 0.8},
+        "train": {"steps": 60, "batch_size": 8, "eval_every": 30, "sample_length": 0},
+        "mesh": {"data": 1},
+    })  # fmt: skip
+    assert trainer.train(config, folder / "run") == 0
+    return gpt_jax.load(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def model(trained, tmp_path_factory):
+    """The run, exported; tests read it."""
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    export(trained, folder)
+    return folder
+
+
+@pytest.fixture
+def copy(model, tmp_path):
+    """The exported model, to be damaged."""
+    return shutil.copytree(model, tmp_path / "model")
+
+
+def test_what_is_read_back_is_what_was_trained_bit_for_bit(trained, model):
+    assert {path.name for path in model.iterdir()} == {*FILES}
+    run = gpt_jax.load(model)
+    np.testing.assert_array_equal(run.logits("the quick"), trained.logits("the quick"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, run.params, trained.params))
+    assert jax.tree.structure(run.params) == jax.tree.structure(trained.params)
+    assert run.generate("the", length=40, seed=3) == trained.generate("the", length=40, seed=3)
+    assert (run.config, run.tokenizer, run.step) == (trained.config, trained.tokenizer, trained.step)
+    assert (run.source, trained.source) == ("exported model", "best checkpoint")
+    assert run.metadata.fingerprint == trained.metadata.fingerprint
+    assert run.metadata.versions == trained.metadata.versions
+    assert run.metadata.val_loss == evaluate(run)[0] == evaluate(trained)[0]
+    assert run.metadata.val_loss == pytest.approx(trained.metadata.val_loss, rel=1e-5)
+
+
+def test_half_the_size_costs_a_rounding(trained, model, tmp_path):
+    export(trained, tmp_path / "half", "float16")
+    size, full = ((folder / MODEL).stat().st_size for folder in (tmp_path / "half", model))
+    assert 0.45 * full < size < 0.6 * full
+    run = gpt_jax.load(tmp_path / "half")
+    for leaf, exact in zip(jax.tree.leaves(run.params), jax.tree.leaves(trained.params), strict=True):
+        assert leaf.dtype == np.float32
+        np.testing.assert_array_equal(leaf, np.asarray(exact, np.float16).astype(np.float32))
+    # The loss that it tells is its own.
+    loss = evaluate(run)[0]
+    assert run.metadata.val_loss == loss != trained.metadata.val_loss
+    assert loss == pytest.approx(trained.metadata.val_loss, abs=1e-2)
+    assert f"| loss | {loss:.4f} nats" in (tmp_path / "half" / CARD).read_text(encoding="utf-8")
+
+
+def test_others_can_read_it(model, trained):
+    """The format is safetensors' own, and the names say what the arrays are."""
+    arrays = load_file(model / MODEL)
+    assert arrays["block_1.mlp.up.kernel"].shape == (32, 1, 128)
+    assert sum(array.size for array in arrays.values()) == sum(
+        x.size for x in jax.tree.leaves(trained.params)
+    )
+    assert json.loads((model / CONFIG).read_text(encoding="utf-8")) == trained.config.to_dict()
+    assert json.loads((model / TOKENIZER).read_text(encoding="utf-8"))["type"] == "char"
+
+
+def test_equal_models_make_equal_files(trained, model, tmp_path):
+    export(gpt_jax.load(model), tmp_path / "again")  # an exported model can be exported, too
+    for name in (MODEL, CONFIG, TOKENIZER):
+        assert (tmp_path / "again" / name).read_bytes() == (model / name).read_bytes()
+
+
+def test_the_card_comes_from_the_run(trained, model):
+    card = (model / CARD).read_text(encoding="utf-8")
+    n_params = sum(leaf.size for leaf in jax.tree.leaves(trained.params))
+    for text in (
+        "# model\n", f"| parameters | {n_params:,}, averaged over steps (EMA 0.8) |", "stored as | float32",
+        f"| loss | {evaluate(trained)[0]:.4f} nats", f"| step | {trained.step} of 60 (best checkpoint) |",
+        "text.txt: 2,640 characters, 28 distinct", "2,376 trained, the last 264 validate",
+        trained.metadata.fingerprint, "    optimizer.ema_decay = 0.8\n", f"jax {jax.__version__}",
+        "python sample.py --workdir model\n", "looks back at most\n  16 of them",
+    ):  # fmt: skip
+        assert text in card, text
+    assert str(trained.config.data.file.parent) not in card  # no other machine has it there
+
+
+def test_the_command_in_the_card_makes_the_run(trained, tmp_path):
+    """The nearest config file, and what differs from it."""
+    command = training_command(trained.config).split()
+    assert command[:3] == ["python", "train.py", "--config"]
+    assert "--config.data.path=text.txt" in command and "--config.optimizer.ema_decay=0.8" in command
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "train.py", "--config", REPOSITORY / command[3], *command[4:],
+         "--config.train.steps=6", f"--workdir={tmp_path / 'run'}"],
+        cwd=trained.config.data.file.parent, env=environment(), capture_output=True, text=True,
+        encoding="utf-8", timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    settings = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    settings["train"]["steps"] = 60
+    assert settings == trained.config.to_dict()
+    shakespeare = Config.from_dict({"train": {"accumulate": 4}})
+    assert "data.path" not in training_command(shakespeare)
+
+
+def program(*command, cwd, **environ):
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd, env=environment() | environ, capture_output=True, text=True, encoding="utf-8", timeout=120,
+    )  # fmt: skip
+
+
+def test_the_commands_from_a_run_to_text(trained, tmp_path):
+    workdir, module = trained.config.data.file.parent / "run", {"PYTHONPATH": str(REPOSITORY)}
+    done = program("-m", "gpt_jax.export", "--workdir", workdir, "--out", "deep/m", cwd=tmp_path, **module)
+    assert done.returncode == 0, done.stderr
+    loss = gpt_jax.load(tmp_path / "deep" / "m").metadata.val_loss
+    assert f"best checkpoint, step {trained.step}\n" in done.stdout
+    assert "size       0.1 MB, float32\n" in done.stdout and f"loss       {loss:.5f} nats" in done.stdout
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["m"]
+
+    done = program(REPOSITORY / "sample.py", "--workdir", "deep/m", "--out", "o.txt", "--length", "50",
+                   "--prompt", "the quick", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"deep/m, exported model, step {trained.step}\n" in done.stderr
+    written = (tmp_path / "o.txt").read_text(encoding="utf-8")
+    assert written.startswith("the quick") and len(written) == 59
+
+    done = program("-m", "gpt_jax.evaluate", "--workdir", "deep/m", cwd=tmp_path, **module)
+    assert f"loss       {loss:.4f} nats" in done.stdout and "deep/m, exported model" in done.stdout
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A copy of the repository without any run or model."""
+    folder = tmp_path / "clone"
+    folder.mkdir()
+    for name in ("sample.py", "gpt_jax", "configs"):
+        (shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy)(REPOSITORY / name, folder / name)
+    (folder / "artifacts").mkdir()
+    return folder
+
+
+def test_a_fresh_clone_samples_from_the_model_that_comes_with_it(trained, model, clone):
+    pretrained = shutil.copytree(model, clone / "artifacts" / "pretrained")
+    done = program(clone / "sample.py", "--length", "20", cwd="/")
+    assert done.returncode == 0, done.stderr
+    said = done.stderr.splitlines()
+    assert re.fullmatch(
+        r"no run of your own in .*artifacts: taking pretrained/, which comes with .*", said[0]
+    )
+    assert said[1] == f"{pretrained}, exported model, step {trained.step}"
+    assert len((clone / "artifacts" / "output.txt").read_text(encoding="utf-8")) == 20
+
+    # One's own run comes first.
+    shutil.copytree(trained.config.data.file.parent / "run", clone / "artifacts" / "mine")
+    done = program(clone / "sample.py", "--length", "20", cwd="/")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith(f"{clone / 'artifacts' / 'mine'}, best checkpoint, step ")
+
+
+def test_a_damaged_model_in_a_fresh_clone_is_named(model, clone):
+    pretrained = shutil.copytree(model, clone / "artifacts" / "pretrained")
+    (pretrained / MODEL).unlink()
+    done = program(clone / "sample.py", cwd="/")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines()[1:] == [f"error: exported model, {pretrained / MODEL}: missing"]
+
+
+def test_git_takes_the_model_but_no_run(tmp_path):
+    if shutil.which("git") is None:
+        pytest.skip("no git here")
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    shutil.copy(REPOSITORY / ".gitignore", tmp_path)
+    for folder in ("pretrained", "shakespeare"):
+        (tmp_path / "artifacts" / folder).mkdir(parents=True)
+        (tmp_path / "artifacts" / folder / MODEL).touch()
+    command = ["git", "-C", tmp_path, "status", "--porcelain", "-uall", "artifacts"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout == f"?? artifacts/pretrained/{MODEL}\n"
+
+
+def rewrite(folder, change=lambda arrays, facts: None, checksum=True):
+    """Write model.safetensors anew, with what `change` makes of it and a checksum that is right."""
+    with safe_open(folder / MODEL, framework="numpy") as file:
+        facts = json.loads(file.metadata()[exported.ENTRY])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(arrays, facts)
+    if checksum:
+        facts["sha256"] = exported._checksum(arrays)
+    save_file(arrays, folder / MODEL, {exported.ENTRY: json.dumps(facts)})
+
+
+def truncate(path, n):
+    os.truncate(path, path.stat().st_size + n if n < 0 else n)
+
+
+def set_model(folder, **settings):
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config["model"] |= settings
+    (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+
+
+def set_characters(folder, characters):
+    content = json.dumps({"type": "char", "characters": characters})
+    (folder / TOKENIZER).write_text(content, encoding="utf-8")
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 64
+    path.write_bytes(data)
+
+
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def folder_instead(path):
+    path.unlink()
+    path.mkdir()
+
+
+UP = "block_1.mlp.up.kernel"
+FIT = "does not fit config.json and tokenizer.json"
+HARM = {
+    "no weights": (lambda d: (d / MODEL).unlink(), MODEL, "missing"),
+    "no config": (lambda d: (d / CONFIG).unlink(), CONFIG, "missing"),
+    "no tokenizer": (lambda d: (d / TOKENIZER).unlink(), TOKENIZER, "missing"),
+    "pipe": (lambda d: pipe(d / MODEL), MODEL, "not a file"),
+    "folder": (lambda d: folder_instead(d / CONFIG), CONFIG, "not a file"),
+    "empty weights": (lambda d: truncate(d / MODEL, 0), MODEL, "0 bytes cannot hold the [0-9,]+ param"),
+    "header cut": (lambda d: truncate(d / MODEL, 100), MODEL, "cannot hold"),
+    "last byte cut": (lambda d: truncate(d / MODEL, -1), MODEL, "deserializing"),
+    "bytes too many": (lambda d: truncate(d / MODEL, 10**6), MODEL, "deserializing"),
+    "flipped bit": (lambda d: flip_a_bit(d / MODEL), MODEL, "not those that were written"),
+    "pickle": (lambda d: (d / MODEL).write_bytes(b"\x80\x04K\x01." * 50_000), MODEL, "header of"),
+    "huge header": (lambda d: (d / MODEL).write_bytes(b"\xff" * 10**6), MODEL, "header of 18,446,.* is more"),
+    "huge tokenizer": (lambda d: truncate(d / TOKENIZER, 2**33), TOKENIZER, "bytes are more than"),
+    "config not json": (lambda d: (d / CONFIG).write_text("{"), CONFIG, "Expecting property name"),
+    "config not utf-8": (lambda d: (d / CONFIG).write_bytes(b"\xff"), CONFIG, "decode byte 0xff"),
+    "config a list": (lambda d: (d / CONFIG).write_text("[]"), CONFIG, "group of settings"),
+    "deep config": (lambda d: (d / CONFIG).write_text("[" * 10**6), CONFIG, "recursion"),
+    "unknown setting": (lambda d: set_model(d, n_layers=2), CONFIG, "setting model.n_layers: did you"),
+    "long lines": (lambda d: set_model(d, **{"x\n" * 10**5: 2}), CONFIG, "unknown setting"),
+    "other width": (lambda d: set_model(d, d_mlp=64), MODEL, rf"{FIT}: block_0.* there, \(64, 32\) in"),
+    "layer missing": (lambda d: set_model(d, n_layer=3), MODEL, rf"{FIT}: block_2.* none there, \("),
+    "layer too many": (lambda d: set_model(d, n_layer=1), MODEL, rf"{FIT}: block_1.* there, none in the"),
+    "endless layers": (lambda d: set_model(d, n_layer=2**31), MODEL, "cannot hold the 26,[0-9,]+ param"),
+    "endless width": (lambda d: set_model(d, d_model=2**31, d_mlp=2**31), MODEL, "cannot hold the"),
+    "endless context": (lambda d: set_model(d, context=2**32), MODEL, "overflow|cannot hold"),
+    "other characters": (lambda d: set_characters(d, "ab"), MODEL, rf"{FIT}: token_embedding.* \(2, 32\) in"),
+    "no characters": (lambda d: set_characters(d, ""), TOKENIZER, "must be a text, sorted"),
+    "tokenizer empty": (lambda d: (d / TOKENIZER).write_text("{}"), TOKENIZER, "its type is not known"),
+    "array missing": (lambda d: rewrite(d, lambda a, f: a.pop(UP)), MODEL, f"{FIT}: {UP} has shape none"),
+    "array too many": (lambda d: rewrite(d, lambda a, f: a.update(x=np.zeros(3))), MODEL, f"{FIT}: x has"),
+    "other shape": (lambda d: rewrite(d, lambda a, f: a.update({UP: a[UP][0]})), MODEL, f"{FIT}: {UP}"),
+    "other type": (lambda d: rewrite(d, lambda a, f: a.update({UP: a[UP] > 0})), MODEL, f"{UP} is BOOL, and"),
+    "changed": (lambda d: rewrite(d, lambda a, f: a[UP].fill(0), False), MODEL, "not those that were"),
+    "no step": (lambda d: rewrite(d, lambda a, f: f.pop("step")), MODEL, "step is missing or not"),
+    "strange loss": (lambda d: rewrite(d, lambda a, f: f.update(val_loss="1")), MODEL, "val_loss is missing"),
+    "no facts": (lambda d: save_file(load_file(d / MODEL), d / MODEL), MODEL, "no facts of gpt_jax"),
+}  # fmt: skip
+
+
+def test_a_model_that_is_only_rewritten_can_be_read(copy):
+    """So it is the harm that the next test sees refused."""
+    before = (copy / MODEL).read_bytes()
+    rewrite(copy, lambda a, f: a[UP].fill(0))
+    set_model(copy, remat=True)
+    run = gpt_jax.load(copy)
+    assert not run.params["block_1"]["mlp"]["up"]["kernel"].any() and (copy / MODEL).read_bytes() != before
+
+
+@pytest.mark.parametrize("harm, name, message", HARM.values(), ids=HARM)
+def test_a_damaged_or_hostile_model_is_one_line(copy, harm, name, message):
+    harm(copy)
+    with pytest.raises(UserError, match=message) as error:
+        gpt_jax.load(copy)
+    line = str(error.value)
+    assert line.startswith(f"exported model, {copy / name}: ")
+    assert "\n" not in line and len(line) < 600
+
+
+def test_damage_is_exit_status_2(copy, tmp_path):
+    truncate(copy / MODEL, -1)
+    done = program(REPOSITORY / "sample.py", "--workdir", copy, "--out", "o.txt", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(
+        rf"error: exported model, {copy / MODEL}: Error while deserializing .*\n", done.stderr
+    )
+    assert not (tmp_path / "o.txt").exists()
+
+
+def test_an_older_model_is_replaced_and_nothing_else(trained, copy, tmp_path):
+    (copy / MODEL).write_bytes(b"old")
+    (copy / CARD).unlink()
+    export(trained, copy)
+    assert gpt_jax.load(copy).step == trained.step
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    (tmp_path / "empty").mkdir()
+    export(trained, tmp_path / "empty")
+    (copy / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match=r"out = .*model holds other things, such as notes.txt: name a new"):
+        export(trained, copy)
+    with pytest.raises(UserError, match=r"run holds other things, such as checkpoints: name a new folder"):
+        export(trained, trained.config.data.file.parent / "run")
+    with pytest.raises(UserError, match=r"notes.txt is not a folder: name a new one"):
+        export(trained, copy / "notes.txt")
+    assert (copy / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_what_cannot_be_written_leaves_the_old(trained, copy, tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    before = (copy / MODEL).read_bytes()
+    monkeypatch.setattr(exported, "sync", full)
+    with pytest.raises(RunError, match=r"out = .*model cannot be written: No space left on device"):
+        export(trained, copy)
+    assert (copy / MODEL).read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_cannot_be_exported(trained, tmp_path):
+    with pytest.raises(UserError, match=r"dtype = 'float16' cannot hold a.kernel: use --dtype float32"):
+        as_stored({"a": {"kernel": np.float32([1, 1e6])}}, "float16")
+    text = trained.config.data.file
+    old = text.read_bytes()
+    try:
+        text.write_bytes(old + b"more")
+        with pytest.raises(UserError, match="is not the text that this run was trained on"):
+            export(trained, tmp_path / "model")
+    finally:
+        text.write_bytes(old)
+    assert list(tmp_path.iterdir()) == []
