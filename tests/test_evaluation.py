@@ -66,7 +66,8 @@ def test_the_python_face(trained):
     text = run.generate("the quick", length=50, temperature=0.8, seed=0)
     assert len(text) == 50
     assert text == run.generate("the quick", length=50, temperature=0.8, seed=0)
-    assert text != run.generate("the quick", length=50, temperature=0.8, seed=1)
+    # It knows its text by heart: only when it is hot do two seeds differ.
+    assert len({run.generate("the quick", length=50, temperature=2.0, seed=seed) for seed in (0, 1)}) == 2
     assert len(run.generate("", length=5)) == 5
     assert run.generate("a" * 100, length=3) != ""
     assert run.generate("the", length=0) == ""
