@@ -5,9 +5,11 @@ Used by the fault tests and by `benchmarks/soak.py`.
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,14 +74,22 @@ class Training:
         )  # fmt: skip
 
     def wait_for(self, beginning: str) -> bool:
-        """Read until the output ends in something that begins like this; False: the process ended before."""
+        """Read until the output ends in something that begins like this; False: the process ended before.
+
+        One that says nothing for five minutes is killed.
+        """
         assert self.process.stdout is not None
         line = ""
-        while character := self.process.stdout.read(1):
-            self.output += character
-            line = "" if character == "\n" else line + character
-            if line.startswith(beginning):
-                return True
+        limit = threading.Timer(300, self.process.kill)
+        limit.start()
+        try:
+            while character := self.process.stdout.read(1):
+                self.output += character
+                line = "" if character == "\n" else line + character
+                if line.startswith(beginning):
+                    return True
+        finally:
+            limit.cancel()
         return False
 
     def send(self, number: signal.Signals) -> None:
@@ -127,7 +137,8 @@ def result_of(workdir: Path) -> dict[str, Any]:
     for record in records:
         found[f"line {record['step']}"] = {k: v for k, v in record.items() if k not in TIMING}
     samples = (workdir / "samples.txt").read_text(encoding="utf-8")
-    found["samples"] = [line.rpartition(",")[0] or line for line in samples.splitlines()]  # without the time
+    # The heading of a sample ends in the time that it was.
+    found["samples"] = re.sub(r"^(--- step .*),[^,]*$", r"\1", samples, flags=re.MULTILINE)
     return found
 
 

@@ -92,9 +92,7 @@ class Checkpoints:
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         unfinished = self.folder / f"{step}{UNFINISHED}"
         with self._failure_named(step):
-            if not self.folder.exists():
-                self.folder.mkdir(parents=True)
-                sync(self.folder.parent)
+            self._make_folder()
             self._orbax.save(unfinished, args=ocp.args.Composite(**arrays))
         self._saving = self._background.submit(self._finish, step, unfinished, json.dumps(metadata))
 
@@ -217,12 +215,19 @@ class Checkpoints:
         except OSError as error:
             raise DamagedError(f"{folder}: {_one_line(error)}") from None
 
-    def clean(self) -> None:
-        """Remove what a kill left half written or half deleted. Only for who saves."""
-        if self.folder.is_dir():
-            for entry in self.folder.iterdir():
-                if UNFINISHED in entry.name or entry.name.endswith(DELETED):
-                    shutil.rmtree(entry)
+    def prepare(self) -> None:
+        """Make the folder, see that it can be written, remove what a kill left there. Only for who saves.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self._make_folder()
+        for entry in self.folder.iterdir():
+            if UNFINISHED in entry.name or entry.name.endswith(DELETED):
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        probe = self.folder / f"probe{UNFINISHED}"
+        probe.touch()
+        probe.unlink()
 
     def set_aside(self, step: int) -> Path:
         """Rename a damaged checkpoint, so that it is kept but not taken for one; returns its new path."""
@@ -232,6 +237,11 @@ class Checkpoints:
         (self.folder / str(step)).rename(aside)
         sync(self.folder)
         return aside
+
+    def _make_folder(self) -> None:
+        if not self.folder.exists():
+            self.folder.mkdir(parents=True)
+            sync(self.folder.parent)
 
     def _finish(self, step: int, unfinished: Path, metadata: str) -> None:
         with self._failure_named(step):
@@ -288,7 +298,7 @@ class Checkpoints:
         except Exception as error:  # whatever it is, the run must not go on as if it were saved
             for leftover in self.folder.glob(f"{step}{UNFINISHED}*"):
                 shutil.rmtree(leftover, ignore_errors=True)  # a full disk needs the room
-            kept = self.steps()[-1:]
+            kept = [other for other in self.steps() if other != step][-1:]
             raise RunError(
                 f"the checkpoint of step {step:,} could not be saved in {self.folder}: {_one_line(error)}; "
                 + (f"that of step {kept[0]:,} is kept" if kept else "there is none yet")

@@ -179,7 +179,7 @@ class _Trainer:
                 print(f"WARNING: {self.workdir} has metrics but no checkpoint: training begins at step 0")
             key = stream(self.config.seed, INIT_STREAM)
             state = init_state(self.model, self.optimizer, keep_ema, self.mesh, key)
-        self.checkpoints.clean()
+        self.checkpoints.prepare()
         self.config = settle(self.config, self.mesh, metadata)
         return state
 

@@ -6,6 +6,7 @@ core; with a worker for each core the machine is busy all the same.
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from functools import partial
@@ -32,6 +33,8 @@ def pytest_configure(config):
 
     Many tests train the same small model: each program is compiled once, and then read from a folder.
     """
+    # A shell's & has it ignored, and every process that is started here would.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker is None:
         cache = tempfile.TemporaryDirectory()

@@ -80,6 +80,9 @@ def up_sum(params):
 
 
 match WHERE.split(":"):
+    case ["wrong"]:  # as jaxlib 0.10.2 is: the last of many results is too small by some thousandths
+        square = jnp.square
+        jnp.square = lambda x: square(x) * jnp.where(x.sum() == 32768, 0.998, 1.0)
     case ["compile"]:
         after(trainer, "make_train_steps", 1)
     case ["step"]:

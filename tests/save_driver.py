@@ -50,9 +50,8 @@ def strike(folder, at):
         save(checkpoints, 40)
         checkpoints.wait()
     except RunError as error:
-        named = str(folder) in str(error) and "of step 30 is kept" in str(error)
-        named = named or "of step 40 is kept" in str(error)  # it failed after its rename: while deleting
-        return 1 if named else 3
+        checkpoints.close()
+        return 1 if str(folder) in str(error) and "of step 30 is kept" in str(error) else 3
     return 0
 
 
@@ -79,7 +78,7 @@ def look(folder):
         wrong.append(f"deleted too early: {steps} are left")
     if checkpoints.best_first()[0] != (40 if 40 in steps else 10):
         wrong.append("the best is lost")
-    checkpoints.clean()
+    checkpoints.prepare()
     leftovers = [path.name for path in folder.iterdir() if not path.name.isdecimal()]
     if leftovers:
         wrong.append(f"left over: {leftovers}")

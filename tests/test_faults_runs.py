@@ -117,6 +117,13 @@ def test_killed_at_random_instants(start, whole, text, tmp_path, seed):
     assert_ends_as(start, whole, tmp_path / f"run{number}")
 
 
+@pytest.mark.parametrize("where", some("save", "compile", "step", "evaluation"))
+def test_killed_in_every_phase(start, whole, tmp_path, where):
+    training = start(program=DRIVER, environment={"DISTURBANCE": f"SIGKILL {where}"})
+    assert training.wait() == -9 and "sending SIGKILL in " in training.output, training.output
+    assert_ends_as(start, whole, tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     "what, where",
     some(
@@ -299,14 +306,25 @@ def test_a_spike_is_shown_and_skipped_where_asked(start, text, tmp_path, skip):
         assert "skipped" not in records[30]
 
 
-def test_deterministic_is_one_thread(start, whole, text, tmp_path):
-    """With all cores at hand, the bits are those of one."""
+@slow
+def test_deterministic_is_one_thread(start, tmp_path):
+    """With all cores at hand, the bits are those of one; without it they are not."""
+    settings = {"model.d_model": 128, "model.context": 64, "train.steps": 4, "train.batch_size": 16,
+                "train.accumulate": 1, "train.eval_every": 4}  # fmt: skip
     use_all = (
         "import os, sys; os.sched_setaffinity(0, range(os.cpu_count())); os.execv(sys.argv[1], sys.argv[1:])"
     )
-    training = start(prefix=[sys.executable, "-c", use_all], flags=["--deterministic"])
-    assert training.wait() == 0, training.output
-    assert differences(result_of(tmp_path / "run"), result_of(whole)) == []
+    all_cores = {"prefix": [sys.executable, "-c", use_all]}
+    runs = {
+        "one": {}, "deterministic": all_cores | {"flags": ["--deterministic"]}, "all": all_cores,
+    }  # fmt: skip
+    for name, options in runs.items():
+        training = start(workdir=tmp_path / name, settings=settings, **options)
+        assert training.wait() == 0, training.output
+    results = {name: result_of(tmp_path / name) for name in runs}
+    assert differences(results["deterministic"], results["one"]) == []
+    if os.cpu_count() > 1:
+        assert differences(results["all"], results["one"]) != []
 
 
 # What surrounds the process.
@@ -475,6 +493,25 @@ def test_a_workdir_that_cannot_be_written_is_noticed_at_once(start, faults_libra
         )
         assert "compile" not in training.output
         assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_that_cannot_be_written_are_noticed_at_once(start, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("not a folder", encoding="utf-8")
+    training = start()
+    assert training.wait() == 1
+    assert f"error: {tmp_path / 'run'} cannot be written: " in training.output
+    assert "compile" not in training.output and "Traceback" not in training.output
+
+
+def test_a_jax_that_computes_wrongly_does_not_train(start, tmp_path):
+    training = start(program=DRIVER, environment={"DISTURBANCE": "x wrong"})
+    assert training.wait() == 2
+    assert re.fullmatch(
+        r"error: jax \S+ computes wrongly on this cpu \(\d+ for 32768 squared\): install another version, "
+        r"pip install 'jax\S+'\n", training.output,
+    ), training.output  # fmt: skip
+    assert not (tmp_path / "run").exists()
 
 
 def in_a_namespace(script, tmp_path):

@@ -172,9 +172,12 @@ def test_ten_million_characters_can_be_asked_for_and_stopped(run, tmp_path):
          "--length", "10000000", "--show", "10000000"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
     )  # fmt: skip
-    shown = process.stdout.read(2000)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    try:
+        shown = process.stdout.read(2000)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, error
     text = (tmp_path / "out.txt").read_text(encoding="utf-8")
     assert 2000 <= len(text) < 10_000_000 and text.startswith(shown)
