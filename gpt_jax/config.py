@@ -38,6 +38,7 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm of queries and keys before their product
     bias: bool = False  # in the linear layers and LayerNorms
     bigram: bool = False  # a token is also embedded together with the one before it
+    embedding_skip: bool = False  # each block begins by adding a learned part of the embedding again
     tied_embedding: bool = True  # the head is the transposed token embedding
     zero_init: bool = False  # blocks begin as the identity: their last projections start at zero
     init_std: float = 0.02

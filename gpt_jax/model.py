@@ -117,19 +117,20 @@ class GPT(nn.Module):
                 dtype=dtype,
                 embedding_init=_init(0.0, ("vocab", "embed")),
                 name="bigram_embedding",
-            )(self._bigrams(tokens_BxT, cache))
+            )(self._pairs(tokens_BxT, cache))
         x_BxTxD = nn.Dropout(config.dropout, deterministic=deterministic)(x_BxTxD)
 
         if self.stacked:
             if cache is not None:
                 raise ValueError("a cache needs GPT(stacked=False)")
-            x_BxTxD = self._stacked_blocks(deterministic)(x_BxTxD, positions_T, None)[0]
+            x_BxTxD, _ = self._stacked_blocks(deterministic)(x_BxTxD, x_BxTxD, positions_T, None)
         else:
+            embedding_BxTxD = x_BxTxD
             layers: list[Any] = []
             for i in range(config.n_layer):
                 layer = None if cache is None else cache.layers[i]
                 block = Block(config, deterministic, name=f"block_{i}")
-                x_BxTxD, layer = block(x_BxTxD, positions_T, layer)
+                x_BxTxD, layer = block(x_BxTxD, embedding_BxTxD, positions_T, layer)
                 layers.append(layer)
             if cache is not None:
                 cache = Cache(tuple(layers), cache.length + tokens_BxT.shape[1], tokens_BxT[:, -1])
@@ -151,10 +152,9 @@ class GPT(nn.Module):
             logits_BxTxV = cap * jnp.tanh(logits_BxTxV / cap)
         return logits_BxTxV, cache
 
-    def _bigrams(self, tokens_BxT: jax.Array, cache: Cache | None) -> jax.Array:
+    def _pairs(self, tokens_BxT: jax.Array, cache: Cache | None) -> jax.Array:
         """A number for each token and the one before it; pairs of a large vocabulary share numbers."""
-        none_B = jnp.full(tokens_BxT.shape[0], self.vocab_size, tokens_BxT.dtype)
-        last_B = none_B if cache is None else cache.last_B
+        last_B = jnp.full_like(tokens_BxT[:, 0], self.vocab_size) if cache is None else cache.last_B
         before_BxT = jnp.concatenate([last_B[:, None], tokens_BxT[:, :-1]], axis=1)
         return (before_BxT * self.vocab_size + tokens_BxT) % MOST_BIGRAMS
 
@@ -170,7 +170,7 @@ class GPT(nn.Module):
             unroll=config.n_layer if config.unroll else 1,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast),
+            in_axes=nn.broadcast,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config, deterministic, name="blocks")
 
@@ -185,12 +185,16 @@ class Block(nn.Module):
     def __call__(
         self,
         x_BxTxD: jax.Array,
+        embedding_BxTxD: jax.Array,
         positions_T: jax.Array,
         cache: tuple[jax.Array, jax.Array] | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """The residual stream after this layer, [B, T, D], and this layer's cache."""
         config = self.config
         dropout = partial(nn.Dropout, config.dropout, deterministic=self.deterministic)
+        if config.embedding_skip:
+            part_D = self.param("embedding_skip", _init(0.0, ("embed",)), (config.d_model,))
+            x_BxTxD += part_D.astype(x_BxTxD.dtype)[None, None] * embedding_BxTxD
         attention = CausalSelfAttention(config, self.deterministic, name="attention")
         y_BxTxD, cache = attention(make_norm(config, "attention_norm")(x_BxTxD), positions_T, cache)
         x_BxTxD += dropout()(y_BxTxD)

@@ -49,8 +49,8 @@ def pytest_configure(config):
 
 # Every option of the model by itself, and the modern model that has them all.
 MODERN = {
-    "norm": "rmsnorm", "activation": "relu2", "position": "rope", "qk_norm": True, "bigram": True,
-    "tied_embedding": False, "logit_soft_cap": 15.0,
+    "norm": "rmsnorm", "activation": "relu2", "position": "rope", "qk_norm": True,
+    "bigram": True, "embedding_skip": True, "tied_embedding": False, "logit_soft_cap": 15.0,
 }  # fmt: skip
 MODELS = {
     "gpt2": {},
@@ -59,6 +59,7 @@ MODELS = {
     "rope": {"position": "rope"},
     "qk_norm": {"qk_norm": True},
     "bigram": {"bigram": True},
+    "embedding_skip": {"embedding_skip": True},
     "relu2": {"activation": "relu2"},
     "swiglu": {"activation": "swiglu"},
     "untied": {"tied_embedding": False},

@@ -47,9 +47,12 @@ def forward(params, config, tokens):
         vocab_size = len(embedding)
         table = params["bigram_embedding"]["embedding"].reshape(vocab_size + 1, vocab_size, -1)
         x = x + table[[vocab_size, *tokens[:-1]], tokens]
+    embedded = x
     blocks = params["blocks"]
     for layer in range(config.n_layer):
         attention, mlp = blocks["attention"], blocks["mlp"]
+        if config.embedding_skip:
+            x = x + blocks["embedding_skip"][layer] * embedded
         y = norm(x, {k: v[layer] for k, v in blocks["attention_norm"].items()})
         added = np.zeros_like(x)
         for head in range(config.n_head):
