@@ -218,7 +218,7 @@ def main() -> int:
     )
     flag = parser.add_argument
     flag("--target", type=float, default=1.88, help="nats per character (%(default)s)")
-    flag("--config", type=Path, default=REPOSITORY / "configs" / "shakespeare_cpu.py", help="our recipe")
+    flag("--config", type=Path, default=REPOSITORY / "configs" / "shakespeare_quick.py", help="our recipe")
     flag("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT, to run in turn")
     flag(
         "--nanogpt_python",

@@ -16,11 +16,11 @@ def get_config() -> ConfigDict:
     config = Config().to_config_dict()
     config.model.update(
         n_layer=4, n_head=2, d_model=128, context=256, norm="rmsnorm", activation="relu2",
-        position="rope", qk_norm=True, tied_embedding=False, zero_init=True,
+        position="rope", qk_norm=True, bigram=True, embedding_skip=True, tied_embedding=False, zero_init=True,
     )  # fmt: skip
     config.optimizer.update(
-        name="muon", muon_learning_rate=0.02, learning_rate=3e-3, b1=0.9, b2=0.95, weight_decay=0.0,
-        schedule="linear", warmup_steps=50, final_fraction=0.0,
+        name="muon", muon_learning_rate=0.02, muon_momentum=0.9, learning_rate=1e-2, b1=0.9, b2=0.95,
+        weight_decay=0.0, schedule="linear", warmup_steps=50, final_fraction=0.0,
     )  # fmt: skip
-    config.train.update(steps=3000, batch_size=8, eval_every=500, log_every=50)
+    config.train.update(steps=1950, batch_size=8, eval_every=650, log_every=50)
     return config

@@ -109,7 +109,14 @@ def test_parameter_count_of_shakespeare():
     assert count_params(shapes) == formula == 10_745_088
 
 
-@pytest.mark.parametrize("name", ["shakespeare", "shakespeare_cpu"])
+def test_the_best_is_no_larger_than_its_record_allows():
+    config = read_config("shakespeare_best")
+    shapes = jax.eval_shape(lambda: nn.unbox(init_params(GPT(config.model, 65), jax.random.key(0))))
+    assert 10_000_000 < count_params(shapes) <= 10_700_000
+    assert config.train.steps <= 5000
+
+
+@pytest.mark.parametrize("name", ["shakespeare", "shakespeare_cpu", "shakespeare_quick"])
 def test_loss_at_initialisation_is_that_of_guessing(name):
     config = read_config(name).model
     model = GPT(config, 65)
