@@ -22,5 +22,5 @@ def get_config() -> ConfigDict:
         name="muon", muon_learning_rate=0.02, muon_momentum=0.9, learning_rate=1e-2, b1=0.9, b2=0.95,
         weight_decay=0.0, schedule="linear", warmup_steps=50, final_fraction=0.0,
     )  # fmt: skip
-    config.train.update(steps=1950, batch_size=8, eval_every=650, log_every=50)
+    config.train.update(steps=1800, batch_size=8, eval_every=450, log_every=50)
     return config

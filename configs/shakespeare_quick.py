@@ -18,8 +18,8 @@ def get_config() -> ConfigDict:
         qk_norm=True, bigram=True, embedding_skip=True, tied_embedding=False, zero_init=True,
     )  # fmt: skip
     config.optimizer.update(
-        name="muon", muon_learning_rate=0.02, muon_momentum=0.9, learning_rate=1e-2, b1=0.9, b2=0.95, weight_decay=0.0,
-        schedule="linear", warmup_steps=10, final_fraction=0.0,
+        name="muon", muon_learning_rate=0.02, muon_momentum=0.9, learning_rate=1e-2, b1=0.9, b2=0.95,
+        weight_decay=0.0, schedule="linear", warmup_steps=10, final_fraction=0.0,
     )  # fmt: skip
     config.train.update(steps=220, batch_size=16, eval_every=220, log_every=50)
     return config
