@@ -2,8 +2,7 @@
 
     python train.py --config configs/shakespeare_cpu.py
 
-Expect: validation loss 1.485 after 4 min 04 s (Python 3.12, JAX 0.12.0.1), 1.499 after 4 min 07 s
-(Python 3.11, JAX 0.9.2) on two cores of an AMD EPYC (Zen 5), one run each.
+Expect: validation loss 1.476 after 4 min 28 s on two cores of an AMD EPYC (Zen 4), Python 3.12, JAX 0.12.0.1, one run.
 """
 
 from ml_collections import ConfigDict
