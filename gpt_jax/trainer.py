@@ -17,6 +17,7 @@ from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.config import Config
 from gpt_jax.corpus import Corpus, load_corpus
 from gpt_jax.errors import RunError, UserError
+from gpt_jax.exported import is_exported
 from gpt_jax.integrity import write_durably
 from gpt_jax.lock import locked
 from gpt_jax.loss import make_loss_of_tokens
@@ -79,6 +80,8 @@ def train(config: Config, workdir: Path, started: float | None = None) -> int:
     started = time.monotonic() if started is None else started
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"workdir = {workdir} is not a folder: name one, it need not exist")
+    if is_exported(workdir):
+        raise UserError(f"workdir = {workdir} holds an exported model: train in another one")
     check_backend()
     mesh = make_mesh(config.mesh)
     corpus = load_corpus(config.data.file, config.model.context, config.data.train_fraction)

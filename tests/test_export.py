@@ -343,6 +343,13 @@ def test_an_older_model_is_replaced_and_nothing_else(trained, copy, tmp_path):
     assert (copy / "notes.txt").read_text(encoding="utf-8") == "mine"
 
 
+def test_nothing_is_trained_over_it(trained, copy):
+    before = {path: path.read_bytes() for path in copy.iterdir()}
+    with pytest.raises(UserError, match="holds an exported model: train in another one"):
+        trainer.train(trained.config, copy)
+    assert {path: path.read_bytes() for path in copy.iterdir()} == before
+
+
 def test_what_cannot_be_written_leaves_the_old(trained, copy, tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
