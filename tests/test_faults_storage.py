@@ -310,7 +310,7 @@ def test_links_and_pipes_are_refused(workdir, tmp_path, kind):
         load(workdir)
 
 
-HOSTILE_LOADER = """
+HOSTILE_LOADER = r"""
 import json, re, sys
 import numpy as np
 sys.path.insert(0, sys.argv[1])
