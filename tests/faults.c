@@ -6,7 +6,9 @@
    FAULT_AT    the number (from 1) of the operation before which it happens; 0: never
    FAULT_DO    "kill", "tear" (a kill in the middle of a write), or an errno, which this and all later operations
                that change something then fail with
-   FAULT_CLOCK if set, the wall clock goes back by ten minutes after every second
+   FAULT_CLOCK if set, the wall clock goes back by ten seconds and forward again, by turns, every second. No further:
+               the kernel's own clock stays right, and threads that wait for an instant which by that clock is long
+               past never sleep, until the rest of the process hardly gets a turn.
 
    fault_arm(at) sets the counter to 0 and FAULT_AT to `at`, from within the process. */
 #define _GNU_SOURCE
@@ -155,11 +157,9 @@ int mkdir(const char *path, mode_t mode) { return mkdirat(AT_FDCWD, path, mode);
 int clock_gettime(clockid_t clock, struct timespec *now) {
     int result = syscall(SYS_clock_gettime, clock, now);
     if (clock == CLOCK_REALTIME && getenv("FAULT_CLOCK")) {
-        static atomic_long first;
         struct timespec steady;
         syscall(SYS_clock_gettime, CLOCK_MONOTONIC, &steady);
-        if (!first) first = steady.tv_sec;
-        now->tv_sec -= 600 * (steady.tv_sec - first);
+        if (steady.tv_sec % 2) now->tv_sec -= 10;
     }
     return result;
 }
