@@ -38,6 +38,7 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm of queries and keys before their product
     bias: bool = False  # in the linear layers and LayerNorms
     bigram: bool = False  # a token is also embedded together with the one before it
+    conv_width: int = 0  # before the MLP, each channel is mixed over so many tokens; 0: it is not
     embedding_skip: bool = False  # each block begins by adding a learned part of the embedding again
     tied_embedding: bool = True  # the head is the transposed token embedding
     zero_init: bool = False  # blocks begin as the identity: their last projections start at zero
@@ -45,6 +46,7 @@ class ModelConfig:
     logit_soft_cap: float = 0.0  # c tanh(logits / c); 0: off
     dropout: float = 0.0  # on the embedding and on what each block adds
     attention_dropout: float = 0.0  # on the attention weights
+    query_blocks: int = 1  # attention in so many parts, each without the keys after it: faster steps on a CPU
     remat: bool = False  # recompute a block's activations in the backward pass: less memory, more time
     unroll: bool = True  # unroll the scan over layers: faster steps, longer compilation
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: float32 on CPU
@@ -64,8 +66,10 @@ class ModelConfig:
         return 4 * self.d_model
 
     def __post_init__(self) -> None:
-        _positive(self, "model", "n_layer", "n_head", "d_model", "context", "rope_base", "init_std")
-        _not_negative(self, "model", "d_mlp", "logit_soft_cap")
+        _positive(
+            self, "model", "n_layer", "n_head", "d_model", "context", "rope_base", "init_std", "query_blocks"
+        )
+        _not_negative(self, "model", "d_mlp", "conv_width", "logit_soft_cap")
         _fraction(self, "model", "dropout", "attention_dropout")
         if self.d_model % self.n_head:
             raise UserError(

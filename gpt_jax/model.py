@@ -1,15 +1,16 @@
 """The transformer: a decoder-only stack of blocks, GPT-2's by default, a modern one by config.
 
 Shapes stand in names: `B` batch, `T` time, `S` time of the keys, `D` model width, `H` heads,
-`K` head width, `F` MLP width, `V` vocabulary, `L` layers.
+`K` head width, `F` MLP width, `V` vocabulary, `L` layers, `W` width of a convolution.
 
 Sources: "Attention Is All You Need" (Vaswani et al. 2017); GPT-2 (Radford et al. 2019) for the order of
 norms and the scaled initialisation; RoPE (Su et al. 2021); RMSNorm (Zhang and Sennrich 2019); SwiGLU
 (Shazeer 2020); squared ReLU (So et al. 2021, "Primer"); QK-norm (Henry et al. 2020); logit soft cap
-(Gemma 2, 2024).
+(Gemma 2, 2024); a short convolution beside attention (Primer again; Allen-Zhu 2025, "Canon layers").
 """
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -23,16 +24,30 @@ Params = Any  # a nested dictionary of arrays
 MOST_BIGRAMS = 2**14  # rows of a table of pairs of tokens; enough for each pair of 127 characters
 
 
-class Cache(struct.PyTreeNode):
-    """What a model remembers of the tokens that it has read: the keys and values of each layer.
+class LayerCache(struct.PyTreeNode):
+    """What one layer remembers of the tokens that it has read, S at most.
 
     Attributes:
-        layers: for each layer a pair (k, v) of [B, H, S, K], S the most tokens it can hold.
+        k_BxHxSxK, v_BxHxSxK: their keys and values.
+        conv_in_BxPxD: what its convolution has read, P = W - 1 + S: begins with the W - 1 zeros that stand
+            before a text; None without a convolution.
+    """
+
+    k_BxHxSxK: jax.Array
+    v_BxHxSxK: jax.Array
+    conv_in_BxPxD: jax.Array | None
+
+
+class Cache(struct.PyTreeNode):
+    """What a model remembers of the tokens that it has read.
+
+    Attributes:
+        layers: one for each layer.
         length: int32 scalar, the tokens it holds.
         last_B: int32 [B], the last of them; V where there is none.
     """
 
-    layers: tuple[tuple[jax.Array, jax.Array], ...]
+    layers: tuple[LayerCache, ...]
     length: jax.Array
     last_B: jax.Array
 
@@ -46,9 +61,16 @@ def compute_dtype(config: ModelConfig) -> Any:
 
 def empty_cache(config: ModelConfig, vocab_size: int, batch_size: int) -> Cache:
     """A cache with room for `config.context` tokens that holds none."""
-    shape_BxHxSxK = (batch_size, config.n_head, config.context, config.d_head)
-    zeros = partial(jnp.zeros, shape_BxHxSxK, compute_dtype(config))
-    layers = tuple((zeros(), zeros()) for _ in range(config.n_layer))
+    B, S, W = batch_size, config.context, config.conv_width
+    zeros = partial(jnp.zeros, dtype=compute_dtype(config))
+    layers = tuple(
+        LayerCache(
+            k_BxHxSxK=zeros((B, config.n_head, S, config.d_head)),
+            v_BxHxSxK=zeros((B, config.n_head, S, config.d_head)),
+            conv_in_BxPxD=zeros((B, W - 1 + S, config.d_model)) if W else None,
+        )
+        for _ in range(config.n_layer)
+    )
     return Cache(layers, length=jnp.int32(0), last_B=jnp.full(batch_size, vocab_size, jnp.int32))
 
 
@@ -187,8 +209,8 @@ class Block(nn.Module):
         x_BxTxD: jax.Array,
         embedding_BxTxD: jax.Array,
         positions_T: jax.Array,
-        cache: tuple[jax.Array, jax.Array] | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        cache: LayerCache | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
         """The residual stream after this layer, [B, T, D], and this layer's cache."""
         config = self.config
         dropout = partial(nn.Dropout, config.dropout, deterministic=self.deterministic)
@@ -198,7 +220,10 @@ class Block(nn.Module):
         attention = CausalSelfAttention(config, self.deterministic, name="attention")
         y_BxTxD, cache = attention(make_norm(config, "attention_norm")(x_BxTxD), positions_T, cache)
         x_BxTxD += dropout()(y_BxTxD)
-        y_BxTxD = MLP(config, name="mlp")(make_norm(config, "mlp_norm")(x_BxTxD))
+        y_BxTxD = make_norm(config, "mlp_norm")(x_BxTxD)
+        if config.conv_width:
+            y_BxTxD, cache = CausalConvolution(config, name="convolution")(y_BxTxD, positions_T, cache)
+        y_BxTxD = MLP(config, name="mlp")(y_BxTxD)
         return x_BxTxD + dropout()(y_BxTxD), cache
 
 
@@ -213,8 +238,8 @@ class CausalSelfAttention(nn.Module):
         self,
         x_BxTxD: jax.Array,
         positions_T: jax.Array,
-        cache: tuple[jax.Array, jax.Array] | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        cache: LayerCache | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
         """What each token gathers, [B, T, D], and the cache with these tokens' keys and values."""
         config, dtype = self.config, compute_dtype(self.config)
         qkv_BxTx3xHxK = nn.DenseGeneral(
@@ -237,14 +262,15 @@ class CausalSelfAttention(nn.Module):
             k_BxHxSxK, v_BxHxSxK = k_BxHxTxK, v_BxHxTxK
         else:
             start = (0, 0, positions_T[0], 0)
-            k_BxHxSxK = jax.lax.dynamic_update_slice(cache[0], k_BxHxTxK, start)
-            v_BxHxSxK = jax.lax.dynamic_update_slice(cache[1], v_BxHxTxK, start)
-            cache = (k_BxHxSxK, v_BxHxSxK)
+            k_BxHxSxK = jax.lax.dynamic_update_slice(cache.k_BxHxSxK, k_BxHxTxK, start)
+            v_BxHxSxK = jax.lax.dynamic_update_slice(cache.v_BxHxSxK, v_BxHxTxK, start)
+            cache = cache.replace(k_BxHxSxK=k_BxHxSxK, v_BxHxSxK=v_BxHxSxK)
         # In a cache, places after the last token hold leftovers; the mask hides them too.
         mask_TxS = positions_T[:, None] >= jnp.arange(k_BxHxSxK.shape[2])[None, :]
 
         dropout = nn.Dropout(config.attention_dropout, deterministic=self.deterministic)
-        y_BxHxTxK = attend(q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, mask_TxS, dropout)
+        n_blocks = config.query_blocks if cache is None else 1
+        y_BxHxTxK = attend_in_blocks(q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, mask_TxS, n_blocks, dropout)
         y_BxTxD = nn.DenseGeneral(
             config.d_model,
             axis=(1, 3),
@@ -255,6 +281,34 @@ class CausalSelfAttention(nn.Module):
             name="out",
         )(y_BxHxTxK)
         return y_BxTxD, cache
+
+
+class CausalConvolution(nn.Module):
+    """Adds to each channel of a token a learned mix of that channel in the W newest tokens."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BxTxD: jax.Array, positions_T: jax.Array, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """[B, T, D] to [B, T, D], and the cache with these tokens."""
+        width, n_time = self.config.conv_width, x_BxTxD.shape[1]
+        weights_WxD = self.param("weights", _init(0.0, (None, "embed")), (width, x_BxTxD.shape[2]))
+        weights_WxD = weights_WxD.astype(x_BxTxD.dtype)
+        if cache is None:
+            past_BxPxD = jnp.pad(x_BxTxD, ((0, 0), (width - 1, 0), (0, 0)))
+        else:
+            assert cache.conv_in_BxPxD is not None  # `empty_cache` sees to it
+            start = positions_T[0]  # the first of the W - 1 tokens before these
+            conv_in_BxPxD = jax.lax.dynamic_update_slice(
+                cache.conv_in_BxPxD, x_BxTxD, (0, start + width - 1, 0)
+            )
+            past_BxPxD = jax.lax.dynamic_slice_in_dim(conv_in_BxPxD, start, width - 1 + n_time, axis=1)
+            cache = cache.replace(conv_in_BxPxD=conv_in_BxPxD)
+        # The last row of weights is the token's own.
+        terms = [weights_WxD[None, i : i + 1] * past_BxPxD[:, i : i + n_time] for i in range(width)]
+        return x_BxTxD + sum(terms), cache
 
 
 class MLP(nn.Module):
@@ -290,6 +344,36 @@ class MLP(nn.Module):
             bias_init=_init(0.0, ("embed",)),
             name="down",
         )(h_BxTxF)
+
+
+def attend_in_blocks(
+    q_BxHxTxK: jax.Array,
+    k_BxHxTxK: jax.Array,
+    v_BxHxTxK: jax.Array,
+    mask_TxT: jax.Array,
+    n_blocks: int,
+    dropout: Any = lambda weights: weights,
+) -> jax.Array:
+    """`attend`, in blocks of queries: nearly half the products are of keys that a query may not look at.
+
+    A block leaves out the keys after its last query; the more blocks, the less is computed in vain, and
+    the more there is to compile.
+    """
+    if n_blocks == 1:
+        return attend(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, mask_TxT, dropout)
+    n_time = q_BxHxTxK.shape[2]
+    bounds = sorted({n_time * i // n_blocks for i in range(n_blocks + 1)})
+    blocks = [
+        attend(
+            q_BxHxTxK[:, :, start:end],
+            k_BxHxTxK[:, :, :end],
+            v_BxHxTxK[:, :, :end],
+            mask_TxT[start:end, :end],
+            dropout,
+        )
+        for start, end in pairwise(bounds)
+    ]
+    return jnp.concatenate(blocks, axis=2)
 
 
 def attend(

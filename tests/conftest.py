@@ -50,7 +50,8 @@ def pytest_configure(config):
 # Every option of the model by itself, and the modern model that has them all.
 MODERN = {
     "norm": "rmsnorm", "activation": "relu2", "position": "rope", "qk_norm": True,
-    "bigram": True, "embedding_skip": True, "tied_embedding": False, "logit_soft_cap": 15.0,
+    "bigram": True, "conv_width": 3, "embedding_skip": True, "tied_embedding": False, "logit_soft_cap": 15.0,
+    "query_blocks": 3,
 }  # fmt: skip
 MODELS = {
     "gpt2": {},
@@ -59,11 +60,14 @@ MODELS = {
     "rope": {"position": "rope"},
     "qk_norm": {"qk_norm": True},
     "bigram": {"bigram": True},
+    "convolution": {"conv_width": 4},
     "embedding_skip": {"embedding_skip": True},
     "relu2": {"activation": "relu2"},
     "swiglu": {"activation": "swiglu"},
     "untied": {"tied_embedding": False},
     "soft_cap": {"logit_soft_cap": 2.0},
+    "query_blocks": {"query_blocks": 3},
+    "more_blocks_than_queries": {"query_blocks": 9},
     "modern": MODERN,
 }
 VOCAB = 11

@@ -75,6 +75,12 @@ def forward(params, config, tokens):
             added += attention["out"]["bias"][layer]
         x = x + added
         y = norm(x, {k: v[layer] for k, v in blocks["mlp_norm"].items()})
+        if config.conv_width:
+            weights, read = blocks["convolution"]["weights"][layer], y
+            y = read.copy()
+            for t in range(n_time):
+                for back in range(min(config.conv_width, t + 1)):
+                    y[t] += weights[-1 - back] * read[t - back]
         h = np.einsum("td,dgf->tgf", y, mlp["up"]["kernel"][layer])
         if config.bias:
             h = h + mlp["up"]["bias"][layer]
