@@ -19,7 +19,8 @@ def get_config() -> ConfigDict:
     # Pairs of characters take 1.65M parameters of the 10.7M: the MLP is narrower for it.
     config.model.update(
         n_layer=6, n_head=6, d_model=384, d_mlp=1152, context=256, norm="rmsnorm", activation="relu2",
-        position="rope", qk_norm=True, bigram=True, tied_embedding=False, zero_init=True, dropout=0.15,
+        position="rope", qk_norm=True, bigram=True, conv_width=3, tied_embedding=False, zero_init=True,
+        dropout=0.15,
     )  # fmt: skip
     config.optimizer.update(
         name="muon", muon_learning_rate=0.035, weight_decay=0.33, learning_rate=1e-2, b1=0.9, b2=0.95,
