@@ -2,10 +2,10 @@
 
     python train.py --config configs/shakespeare_best.py
 
-Expect: not yet measured. The recipe joins what lowered the loss of small models here (pairs of characters,
-Muon, windows without replacement: benchmarks/RECORDS.md) with what the best public recipe of this size has:
-strong decay, a rate held and then let fall to zero, dropout on what blocks add and nowhere else
-(github.com/JiHa-Kim/tinyshakespeare-gpt, 1.391 over 200 random batches).
+Expect: not yet measured. The recipe joins what lowered the loss of small models here (pairs of characters, a
+convolution before the MLP, Muon, windows without replacement: benchmarks/RECORDS.md) with what the best
+public recipe of this size has: strong decay, a rate held and then let fall to zero, dropout on what blocks
+add and nowhere else (github.com/JiHa-Kim/tinyshakespeare-gpt, 1.391 over 200 random batches).
 """
 
 from ml_collections import ConfigDict

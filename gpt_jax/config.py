@@ -20,6 +20,7 @@ from gpt_jax.errors import UserError
 REPOSITORY = Path(__file__).resolve().parent.parent
 ARTIFACTS = REPOSITORY / "artifacts"
 LARGEST = 2**32  # of whole numbers: no setting means anything beyond
+MOST_UNROLLED = 64  # times that a loop of the model's code may run while it is compiled
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class ModelConfig:
     logit_soft_cap: float = 0.0  # c tanh(logits / c); 0: off
     dropout: float = 0.0  # on the embedding and on what each block adds
     attention_dropout: float = 0.0  # on the attention weights
-    query_blocks: int = 1  # attention in so many parts, each without the keys after it: faster steps on a CPU
+    query_blocks: int = 1  # attention in so many blocks of queries, each without the keys after it
     remat: bool = False  # recompute a block's activations in the backward pass: less memory, more time
     unroll: bool = True  # unroll the scan over layers: faster steps, longer compilation
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: float32 on CPU
@@ -70,6 +71,7 @@ class ModelConfig:
             self, "model", "n_layer", "n_head", "d_model", "context", "rope_base", "init_std", "query_blocks"
         )
         _not_negative(self, "model", "d_mlp", "conv_width", "logit_soft_cap")
+        _at_most(MOST_UNROLLED, self, "model", "conv_width", "query_blocks")
         _fraction(self, "model", "dropout", "attention_dropout")
         if self.d_model % self.n_head:
             raise UserError(
@@ -283,6 +285,12 @@ def _not_negative(config: Any, group: str, *names: str) -> None:
     for name in names:
         if not getattr(config, name) >= 0:
             raise UserError(f"{group}.{name} = {getattr(config, name)} must be 0 or above")
+
+
+def _at_most(limit: int, config: Any, group: str, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) > limit:
+            raise UserError(f"{group}.{name} = {getattr(config, name)} must be {limit} or below")
 
 
 def _fraction(config: Any, group: str, *names: str) -> None:

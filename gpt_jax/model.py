@@ -1,12 +1,14 @@
 """The transformer: a decoder-only stack of blocks, GPT-2's by default, a modern one by config.
 
 Shapes stand in names: `B` batch, `T` time, `S` time of the keys, `D` model width, `H` heads,
-`K` head width, `F` MLP width, `V` vocabulary, `L` layers, `W` width of a convolution.
+`K` head width, `F` MLP width, `V` vocabulary, `L` layers, `W` width of the convolution, `P` = W - 1 + S and
+`R` = W - 1 + T the rows that it reads.
 
 Sources: "Attention Is All You Need" (Vaswani et al. 2017); GPT-2 (Radford et al. 2019) for the order of
 norms and the scaled initialisation; RoPE (Su et al. 2021); RMSNorm (Zhang and Sennrich 2019); SwiGLU
 (Shazeer 2020); squared ReLU (So et al. 2021, "Primer"); QK-norm (Henry et al. 2020); logit soft cap
-(Gemma 2, 2024); a short convolution beside attention (Primer again; Allen-Zhu 2025, "Canon layers").
+(Gemma 2, 2024); a short convolution, which Primer has after q, k and v, before the MLP as in "Canon layers"
+(Allen-Zhu 2025).
 """
 
 from functools import partial
@@ -29,8 +31,8 @@ class LayerCache(struct.PyTreeNode):
 
     Attributes:
         k_BxHxSxK, v_BxHxSxK: their keys and values.
-        conv_in_BxPxD: what its convolution has read, P = W - 1 + S: begins with the W - 1 zeros that stand
-            before a text; None without a convolution.
+        conv_in_BxPxD: what its convolution has read, after the W - 1 zeros that stand before a text. All of
+            it: where a padded text ends is known only after it was read. None without a convolution.
     """
 
     k_BxHxSxK: jax.Array
@@ -198,7 +200,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then an MLP, each added to the residual stream."""
+    """One layer: attention, then an MLP, each added to the residual stream; a convolution before the MLP."""
 
     config: ModelConfig
     deterministic: bool
@@ -269,8 +271,11 @@ class CausalSelfAttention(nn.Module):
         mask_TxS = positions_T[:, None] >= jnp.arange(k_BxHxSxK.shape[2])[None, :]
 
         dropout = nn.Dropout(config.attention_dropout, deterministic=self.deterministic)
-        n_blocks = config.query_blocks if cache is None else 1
-        y_BxHxTxK = attend_in_blocks(q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, mask_TxS, n_blocks, dropout)
+        if cache is None:
+            blocks = config.query_blocks
+            y_BxHxTxK = attend_in_blocks(q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, mask_TxS, blocks, dropout)
+        else:
+            y_BxHxTxK = attend(q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, mask_TxS, dropout)
         y_BxTxD = nn.DenseGeneral(
             config.d_model,
             axis=(1, 3),
@@ -284,7 +289,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class CausalConvolution(nn.Module):
-    """Adds to each channel of a token a learned mix of that channel in the W newest tokens."""
+    """Adds to each channel of a token a learned mix of that channel in the W newest tokens, at first 0."""
 
     config: ModelConfig
 
@@ -297,17 +302,18 @@ class CausalConvolution(nn.Module):
         weights_WxD = self.param("weights", _init(0.0, (None, "embed")), (width, x_BxTxD.shape[2]))
         weights_WxD = weights_WxD.astype(x_BxTxD.dtype)
         if cache is None:
-            past_BxPxD = jnp.pad(x_BxTxD, ((0, 0), (width - 1, 0), (0, 0)))
+            read_BxRxD = jnp.pad(x_BxTxD, ((0, 0), (width - 1, 0), (0, 0)))
         else:
             assert cache.conv_in_BxPxD is not None  # `empty_cache` sees to it
-            start = positions_T[0]  # the first of the W - 1 tokens before these
+            # Row p + W - 1 holds token p, so the W - 1 tokens before token p begin at row p.
+            start = positions_T[0]
             conv_in_BxPxD = jax.lax.dynamic_update_slice(
                 cache.conv_in_BxPxD, x_BxTxD, (0, start + width - 1, 0)
             )
-            past_BxPxD = jax.lax.dynamic_slice_in_dim(conv_in_BxPxD, start, width - 1 + n_time, axis=1)
+            read_BxRxD = jax.lax.dynamic_slice_in_dim(conv_in_BxPxD, start, width - 1 + n_time, axis=1)
             cache = cache.replace(conv_in_BxPxD=conv_in_BxPxD)
         # The last row of weights is the token's own.
-        terms = [weights_WxD[None, i : i + 1] * past_BxPxD[:, i : i + n_time] for i in range(width)]
+        terms = [weights_WxD[None, i : i + 1] * read_BxRxD[:, i : i + n_time] for i in range(width)]
         return x_BxTxD + sum(terms), cache
 
 
@@ -352,15 +358,13 @@ def attend_in_blocks(
     v_BxHxTxK: jax.Array,
     mask_TxT: jax.Array,
     n_blocks: int,
-    dropout: Any = lambda weights: weights,
+    dropout: Any,
 ) -> jax.Array:
-    """`attend`, in blocks of queries: nearly half the products are of keys that a query may not look at.
+    """`attend`, a block of queries at a time, each without the keys after its last query.
 
-    A block leaves out the keys after its last query; the more blocks, the less is computed in vain, and
-    the more there is to compile.
+    The mask hides nearly half of all keys. The more blocks, the more of these are not computed at all; but
+    each block costs a little, and more to compile.
     """
-    if n_blocks == 1:
-        return attend(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, mask_TxT, dropout)
     n_time = q_BxHxTxK.shape[2]
     bounds = sorted({n_time * i // n_blocks for i in range(n_blocks + 1)})
     blocks = [
@@ -381,7 +385,7 @@ def attend(
     k_BxHxSxK: jax.Array,
     v_BxHxSxK: jax.Array,
     mask_TxS: jax.Array,
-    dropout: Any = lambda weights: weights,
+    dropout: Any,
 ) -> jax.Array:
     """Scaled dot-product attention: softmax(q k^T / sqrt(K)) v, the softmax in float32.
 

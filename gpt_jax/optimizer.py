@@ -130,9 +130,10 @@ def count_skipped(opt_state: Any) -> jax.Array:
 
 
 def is_matrix(params: Params) -> Params:
-    """True for kernels and embeddings, false for biases and norms, in the structure of `params`.
+    """True for kernels and embeddings, in the structure of `params`.
 
-    By name, since stacking the layers gives every array an axis more.
+    False for what weighs each channel by itself: biases, norms, convolutions, parts of the embedding. By
+    name, since stacking the layers gives every array an axis more.
     """
     return jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
 

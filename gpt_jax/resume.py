@@ -16,11 +16,12 @@ from gpt_jax.metadata import Metadata, read_metadata
 from gpt_jax.train_state import TrainState
 
 # Settings that a resumed run may change: they move a step by rounding at most. Exceptions are asked for:
-# train.steps stretches the schedule, and train.accumulate draws other dropout masks. The text behind
-# data.path is held by its fingerprint.
+# train.steps stretches the schedule; train.accumulate, and with attention_dropout model.query_blocks, draw
+# other dropout masks. The text behind data.path is held by its fingerprint.
 SAFE_TO_CHANGE = (
     "data.path",
     "mesh.",
+    "model.query_blocks",
     "model.remat",
     "model.unroll",
     "train.accumulate",

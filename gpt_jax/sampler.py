@@ -129,7 +129,7 @@ def prefill(model: GPT, params: Params, tokens_BxW: jax.Array, length: jax.Array
     """
     empty = empty_cache(model.config, model.vocab_size, tokens_BxW.shape[0])
     logits_BxWxV, cache = _read(model, params, tokens_BxW, empty)
-    # Attention never looks ahead, and the padding's keys are overwritten before they are looked at.
+    # No layer looks ahead, and what the cache holds of the padding is overwritten before it is looked at.
     return logits_BxWxV[:, length - 1], cache.replace(length=length, last_B=tokens_BxW[:, length - 1])
 
 

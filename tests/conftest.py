@@ -61,6 +61,8 @@ MODELS = {
     "qk_norm": {"qk_norm": True},
     "bigram": {"bigram": True},
     "convolution": {"conv_width": 4},
+    "convolution_of_one": {"conv_width": 1},
+    "convolution_past_the_context": {"conv_width": 9},
     "embedding_skip": {"embedding_skip": True},
     "relu2": {"activation": "relu2"},
     "swiglu": {"activation": "swiglu"},

@@ -7,8 +7,8 @@
    FAULT_DO    "kill", "tear" (a kill in the middle of a write), or an errno, which this and all later operations
                that change something then fail with
    FAULT_CLOCK if set, the wall clock goes back by ten seconds and forward again, by turns, every second. No further:
-               the kernel's own clock stays right, and threads that wait for an instant which by that clock is long
-               past never sleep, until the rest of the process hardly gets a turn.
+               the kernel's own clock stays right, and a thread that waits for an instant which by that clock is
+               past does not sleep. Waits of more than ten seconds do, and all do every other second.
 
    fault_arm(at) sets the counter to 0 and FAULT_AT to `at`, from within the process. */
 #define _GNU_SOURCE

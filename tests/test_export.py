@@ -281,6 +281,8 @@ HARM = {
     "endless layers": (lambda d: set_model(d, n_layer=2**31), MODEL, "cannot hold the 26,[0-9,]+ param"),
     "endless width": (lambda d: set_model(d, d_model=2**31, d_mlp=2**31), MODEL, "cannot hold the"),
     "endless context": (lambda d: set_model(d, context=2**32), MODEL, "overflow|cannot hold"),
+    "endless convolution": (lambda d: set_model(d, conv_width=2**31), CONFIG, "must be 64 or below"),
+    "endless blocks": (lambda d: set_model(d, query_blocks=2**31), CONFIG, "must be 64 or below"),
     "other characters": (lambda d: set_characters(d, "ab"), MODEL, rf"{FIT}: token_embedding.* \(2, 32\) in"),
     "no characters": (lambda d: set_characters(d, ""), TOKENIZER, "must be a text, sorted"),
     "tokenizer empty": (lambda d: (d / TOKENIZER).write_text("{}"), TOKENIZER, "its type is not known"),

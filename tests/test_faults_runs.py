@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 import threading
+import time
 from errno import EIO, ENOSPC, EROFS
 from pathlib import Path
 
@@ -331,11 +332,14 @@ def test_deterministic_is_one_thread(start, tmp_path):
 
 
 def test_a_clock_that_goes_back(start, whole, faults_library, tmp_path):
+    begun = time.monotonic()
     training = start(environment={"LD_PRELOAD": str(faults_library), "FAULT_CLOCK": "1"})
     assert training.wait() == 0, training.output
+    elapsed = time.monotonic() - begun
     assert differences(result_of(tmp_path / "run"), result_of(whole)) == []
     seconds = [record["seconds"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert seconds == sorted(seconds)
+    assert 0 <= seconds[0] <= seconds[-1] <= elapsed
 
 
 def test_the_locale_is_c_and_the_text_is_not(start, tmp_path):

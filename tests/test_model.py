@@ -1,6 +1,7 @@
 import dataclasses
 import math
 import runpy
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from flax import linen as nn
 
 from gpt_jax.config import REPOSITORY, Config
 from gpt_jax.loss import batch_loss, token_losses
-from gpt_jax.model import GPT, unstack_layers
+from gpt_jax.model import GPT, attend_in_blocks, unstack_layers
 from gpt_jax.train_state import count_params, init_params
 
 
@@ -116,7 +117,9 @@ def test_the_best_is_no_larger_than_its_record_allows():
     assert config.train.steps <= 5000
 
 
-@pytest.mark.parametrize("name", ["shakespeare", "shakespeare_cpu", "shakespeare_quick"])
+@pytest.mark.parametrize(
+    "name", ["shakespeare", "shakespeare_cpu", "shakespeare_cpu_long", "shakespeare_quick"]
+)
 def test_loss_at_initialisation_is_that_of_guessing(name):
     config = read_config(name).model
     model = GPT(config, 65)
@@ -147,8 +150,9 @@ def test_zero_initialised_blocks_add_nothing():
 
 
 @pytest.mark.parametrize("other", [{"remat": True}, {"unroll": False}, {"remat": True, "unroll": False}])
-def test_remat_and_unrolling_change_no_gradient(other):
-    config = small_model(dropout=0.3, attention_dropout=0.3)
+@pytest.mark.parametrize("name", ["gpt2", "modern"])
+def test_remat_and_unrolling_change_no_gradient(name, other):
+    config = small_model(dropout=0.3, attention_dropout=0.3, **MODELS[name])
     params = make_params(config)
     arguments = (random_tokens(2, 8), random_tokens(2, 8, seed=1), jax.random.key(0))
     gradient = [
@@ -169,6 +173,30 @@ def test_remat_keeps_fewer_activations():
         return gradient.lower(params, model, *arguments).compile().memory_analysis().temp_size_in_bytes
 
     assert saved_bytes(remat=True) < 0.7 * saved_bytes(remat=False)
+
+
+def test_blocks_of_queries_compute_less():
+    def flops(n_blocks):
+        q = jnp.zeros((1, 1, 64, 16))
+        arguments = (q, q, q, jnp.tri(64, dtype=bool))
+        run = jax.jit(partial(attend_in_blocks, n_blocks=n_blocks, dropout=lambda weights: weights))
+        return run.lower(*arguments).compile().cost_analysis()["flops"]
+
+    # Of b x b squares of scores, those on and below the diagonal are left.
+    assert flops(2) < 0.8 * flops(1)
+    assert flops(8) < 0.65 * flops(1)
+
+
+def test_dropout_is_drawn_for_each_block_of_queries():
+    seen = []
+
+    def dropout(weights):
+        seen.append(weights.shape[2:])
+        return weights
+
+    q = jnp.zeros((1, 1, 8, 4))
+    attend_in_blocks(q, q, q, jnp.tri(8, dtype=bool), 3, dropout)
+    assert seen == [(2, 2), (3, 5), (3, 8)]
 
 
 def test_a_list_of_layers_computes_the_same():

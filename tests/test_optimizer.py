@@ -48,21 +48,21 @@ def test_constant():
 
 
 def params_and_gradient(**options):
-    params = init(small_model(bias=True, **options))
+    params = init(small_model(**{"bias": True} | options))
     rng = np.random.default_rng(0)
     gradient = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), params)
     return params, gradient
 
 
 def test_matrices_decay_and_nothing_else():
-    params, gradient = params_and_gradient()
+    params, gradient = params_and_gradient(bigram=True, conv_width=3, embedding_skip=True, qk_norm=True)
     names = {
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, matrix in jax.tree.leaves_with_path(is_matrix(params))
         if matrix
     }
     assert names == {
-        "token_embedding/embedding", "position_embedding/embedding",
+        "token_embedding/embedding", "position_embedding/embedding", "bigram_embedding/embedding",
         "blocks/attention/qkv/kernel", "blocks/attention/out/kernel",
         "blocks/mlp/up/kernel", "blocks/mlp/down/kernel",
     }  # fmt: skip
