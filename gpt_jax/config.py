@@ -248,7 +248,8 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(fields)}"
-            raise UserError(f"unknown setting {prefix}{key}: {hint}")
+            shown = key if str(key).isprintable() else repr(key)  # an error is one line
+            raise UserError(f"unknown setting {prefix}{shown}: {hint}")
         wanted = fields[key].type
         if dataclasses.is_dataclass(wanted):
             arguments[key] = _build(wanted, value, f"{prefix}{key}.")  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ def nested(key, value):
     "key, value, message",
     [
         ("model.n_layers", 4, "unknown setting model.n_layers: did you mean model.n_layer?"),
+        ("model.n_\nlayer", 4, r"unknown setting model.'n_\\nlayer': did you mean model.n_layer"),
         ("nonsense", 4, "unknown setting nonsense: known: seed, model"),
         ("model", 4, "model = 4 must be a group of settings"),
         ("model.n_layer", "4", "model.n_layer = '4' must be of type int"),
