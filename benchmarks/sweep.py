@@ -146,7 +146,9 @@ def sweep(
     for group in groups.values():
         for first in range(0, len(group), together):
             part = group[first : first + together]
-            corpus = load_corpus(base.data.file, part[0][1].model.context, base.data.train_fraction)
+            first_config = part[0][1]  # all of a part share text and context
+            data = first_config.data
+            corpus = load_corpus(data.file, first_config.model.context, data.train_fraction)
             evaluations, seconds, n_params = train_together([config for _, config in part], corpus)
             for (settings, config), losses in zip(part, evaluations, strict=True):
                 line = {

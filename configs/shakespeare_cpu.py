@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     config.optimizer.update(
         name="muon", muon_learning_rate=0.02, muon_momentum=0.9, learning_rate=1e-2, b1=0.9, b2=0.95,
-        weight_decay=0.15, schedule="linear", warmup_steps=50, final_fraction=0.0,
+        weight_decay=0.15, embedding_decay=1.0, schedule="linear", warmup_steps=50, final_fraction=0.0,
     )  # fmt: skip
     config.train.update(steps=1500, batch_size=8, eval_every=750, log_every=50)
     return config

@@ -124,10 +124,13 @@ class OptimizerConfig:
     ema_decay: float = 0.0  # of an exponential moving average of the parameters; 0: none kept
     muon_learning_rate: float = 0.02  # muon: peak for the blocks' matrices; the rest is AdamW's
     muon_momentum: float = 0.95
+    embedding_decay: float = 0.0  # muon: weight decay, by learning_rate, of the embeddings and the head
 
     def __post_init__(self) -> None:
         _positive(self, "optimizer", "learning_rate", "eps", "muon_learning_rate")
-        _not_negative(self, "optimizer", "warmup_steps", "weight_decay", "clip_norm", "skip_above")
+        _not_negative(
+            self, "optimizer", "warmup_steps", "weight_decay", "embedding_decay", "clip_norm", "skip_above"
+        )
         _fraction(self, "optimizer", "b1", "b2", "ema_decay", "muon_momentum")
         for name in ("final_fraction", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:

@@ -74,16 +74,23 @@ def make_optimizer(
                 mask=is_matrix,
             )
         case "muon":
-            optimizer = optax.contrib.muon(
+            muon = optax.contrib.muon(
                 make_schedule(config, steps, values["muon_learning_rate"]),
                 beta=config.muon_momentum,
                 eps=config.eps,
                 weight_decay=values["weight_decay"],
-                adam_b1=config.b1,
-                adam_b2=config.b2,
-                adam_learning_rate=schedule,
                 muon_weight_dimension_numbers=_muon_axes,
             )
+            adam = optax.adamw(
+                schedule,
+                b1=config.b1,
+                b2=config.b2,
+                eps=config.eps,
+                weight_decay=config.embedding_decay,
+                mask=is_matrix,
+                nesterov=True,  # as Muon's own momentum
+            )
+            optimizer = optax.partition({"muon": muon, "adam": adam}, _muon_or_adam)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     optimizer = optax.chain(clip, optimizer)
     return skip_spikes(optimizer, config.skip_above) if config.skip_above else optimizer
@@ -138,9 +145,14 @@ def is_matrix(params: Params) -> Params:
     return jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
 
 
-def _muon_axes(params: Params) -> Params:
-    def axes(path: tuple[Any, ...], _: jax.Array) -> MuonDimensionNumbers | None:
-        names = [entry.key for entry in path]
-        return _MUON_AXES[names[-2]] if names[0] == "blocks" and names[-1] == "kernel" else None
+def _muon_or_adam(params: Params) -> Params:
+    """Which optimizer moves what: Muon the blocks' kernels, Adam embeddings, head, and single channels."""
 
-    return jax.tree.map_with_path(axes, params)
+    def label(path: tuple[Any, ...], _: jax.Array) -> str:
+        return "muon" if path[0].key == "blocks" and path[-1].key == "kernel" else "adam"
+
+    return jax.tree.map_with_path(label, params)
+
+
+def _muon_axes(params: Params) -> Params:
+    return jax.tree.map_with_path(lambda path, _: _MUON_AXES[path[-2].key], params)

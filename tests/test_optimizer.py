@@ -82,6 +82,34 @@ def test_matrices_decay_and_nothing_else():
     )
 
 
+@pytest.mark.parametrize("decay", ["weight_decay", "embedding_decay"])
+def test_muon_decays_blocks_and_embeddings_apart(decay):
+    params, gradient = params_and_gradient(bigram=True, conv_width=3, tied_embedding=False, qk_norm=True)
+    params = jax.tree.map(lambda p: p + 0.1, params)  # what begins at zero could not be seen to decay
+    settings = {
+        "name": "muon", "schedule": "constant", "warmup_steps": 0, "learning_rate": 0.1,
+        "muon_learning_rate": 0.2, "weight_decay": 0.0, "embedding_decay": 0.0,
+    }  # fmt: skip
+    updates = []
+    for value in (0.0, 0.5):
+        optimizer = make_optimizer(OptimizerConfig(**settings | {decay: value}), 10)
+        updates.append(optimizer.update(gradient, optimizer.init(params), params)[0])
+    moved = set()
+    for (path, plain), decayed, p in zip(
+        jax.tree.leaves_with_path(updates[0]), *map(jax.tree.leaves, (updates[1], params)), strict=True
+    ):
+        if np.any(plain != decayed):
+            moved.add(jax.tree_util.keystr(path, simple=True, separator="/"))
+            rate = 0.2 if decay == "weight_decay" else 0.1
+            np.testing.assert_allclose(decayed - plain, -rate * 0.5 * p, atol=1e-6)
+    if decay == "weight_decay":
+        assert moved == {f"blocks/{name}/kernel" for name in
+                         ("attention/qkv", "attention/out", "mlp/up", "mlp/down")}  # fmt: skip
+    else:
+        assert moved == {"token_embedding/embedding", "position_embedding/embedding",
+                         "bigram_embedding/embedding", "head/kernel"}  # fmt: skip
+
+
 def test_adamw_against_its_formula():
     config = OptimizerConfig(
         schedule="constant",

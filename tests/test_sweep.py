@@ -33,6 +33,15 @@ def test_runs_trained_at_once_end_as_alone(base, tmp_path):
         np.testing.assert_allclose(losses, [r["val_loss"] for r in alone], atol=1e-4)
 
 
+def test_a_run_trains_on_the_text_that_its_settings_name(base, tmp_path):
+    points = [{"data.train_fraction": 0.5}, {"data.train_fraction": 0.8}]
+    sweep(base, "tiny", points, [1], tmp_path / "sweep.jsonl", together=2)
+    for i, line in enumerate(read_lines(tmp_path / "sweep.jsonl")):
+        train(with_settings(base, points[i], seed=1), tmp_path / f"run{i}")
+        alone = read_metrics(tmp_path / f"run{i}" / "metrics.jsonl")[-1]["val_loss"]
+        assert line["val_loss"] == pytest.approx(alone, abs=1e-4)
+
+
 def test_a_sweep_goes_on_where_it_was(base, tmp_path, capsys):
     out = tmp_path / "sweep.jsonl"
     sweep(base, "tiny", [{}], [1], out, together=1)
