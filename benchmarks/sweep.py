@@ -5,9 +5,10 @@
 
 --grid (each adds a dimension) and --variant (each adds a point, a list of settings) multiply; `key=value`
 at the end holds for all. Writes one JSON line a run, and leaves out the runs that the file already has, so
-the same command goes on after a stop. --together 8 trains up to 8 runs that differ only in seed, learning
-rates and weight decay at once (`jax.vmap` over runs): a small model leaves a GPU nearly idle. At the end, and
-with --show alone, prints a table: mean and spread over the seeds.
+the same command goes on after a stop; when the config itself has changed, begin another file. --together 8
+trains up to 8 runs that differ only in seed, learning rates and weight decay at once (`jax.vmap` over runs):
+a small model leaves a GPU nearly idle. At the end, and with --show alone, prints a table: mean and spread
+over the seeds.
 """
 
 import argparse

@@ -6,7 +6,7 @@ Expect: not yet measured. The recipe joins what lowered the loss of small models
 the MLP, Muon, decay of embeddings and head, windows without replacement: benchmarks/RECORDS.md) with what
 the best public recipe of this size has: strong decay, a rate held and then let fall to zero, dropout on what
 blocks add (github.com/JiHa-Kim/tinyshakespeare-gpt, 1.391 over 200 random batches). It reads the text
-thirty-three times, and a table of pairs of characters would learn it by heart: it has none.
+thirty-three times, and a table of pairs of characters seems to learn it by heart then: it has none.
 """
 
 from ml_collections import ConfigDict

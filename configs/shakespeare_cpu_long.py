@@ -1,11 +1,11 @@
-"""For an hour or more, two at most, on two CPU cores.
+"""For an hour or so on two CPU cores.
 
     python train.py --config configs/shakespeare_cpu_long.py
 
 Expect: not yet measured; a step takes 1.2 s on two cores of an AMD EPYC (Zen 4), so an hour or a little more.
 The recipe is that of five minutes (`shakespeare_cpu.py`), grown, with larger batches, a longer warm-up and a
 momentum of 0.95 for them. It reads the text twelve times, so it has dropout, and no table of pairs of
-characters, which would learn the text by heart (benchmarks/RECORDS.md).
+characters, which seems to learn the text by heart then (benchmarks/RECORDS.md).
 """
 
 from ml_collections import ConfigDict

@@ -124,7 +124,7 @@ class OptimizerConfig:
     ema_decay: float = 0.0  # of an exponential moving average of the parameters; 0: none kept
     muon_learning_rate: float = 0.02  # muon: peak for the blocks' matrices; the rest is AdamW's
     muon_momentum: float = 0.95
-    embedding_decay: float = 0.0  # muon: weight decay, by learning_rate, of the embeddings and the head
+    embedding_decay: float = 0.0  # muon: decoupled, times learning_rate, of embeddings and head
 
     def __post_init__(self) -> None:
         _positive(self, "optimizer", "learning_rate", "eps", "muon_learning_rate")

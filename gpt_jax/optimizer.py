@@ -81,6 +81,7 @@ def make_optimizer(
                 weight_decay=values["weight_decay"],
                 muon_weight_dimension_numbers=_muon_axes,
             )
+            # Not the Adam within optax's Muon: that one would decay norms as well.
             adam = optax.adamw(
                 schedule,
                 b1=config.b1,
@@ -155,4 +156,5 @@ def _muon_or_adam(params: Params) -> Params:
 
 
 def _muon_axes(params: Params) -> Params:
+    """The axes of the kernels that `_muon_or_adam` gives to Muon."""
     return jax.tree.map_with_path(lambda path, _: _MUON_AXES[path[-2].key], params)

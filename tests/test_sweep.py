@@ -18,8 +18,22 @@ def base(tiny_config):
     return tiny_config(train={"steps": 6, "eval_every": 3, "log_every": 3})
 
 
-def test_runs_trained_at_once_end_as_alone(base, tmp_path):
-    points = [{"optimizer.learning_rate": 0.01}, {"optimizer.learning_rate": 0.03}]
+@pytest.mark.parametrize(
+    ("settings", "points"),
+    [
+        ({}, [{"optimizer.learning_rate": 0.01}, {"optimizer.learning_rate": 0.03}]),
+        (
+            {"optimizer.name": "muon", "optimizer.embedding_decay": 0.5},
+            [
+                {"optimizer.weight_decay": 0.0, "optimizer.muon_learning_rate": 0.02},
+                {"optimizer.weight_decay": 0.5, "optimizer.muon_learning_rate": 0.05},
+            ],
+        ),
+    ],
+    ids=["adamw", "muon"],
+)
+def test_runs_trained_at_once_end_as_alone(base, tmp_path, settings, points):
+    base = with_settings(base, settings, seed=1)
     sweep(base, "tiny", points, [1, 2], tmp_path / "at_once.jsonl", together=4)
     lines = read_lines(tmp_path / "at_once.jsonl")
     assert [line["together"] for line in lines] == [4] * 4
@@ -34,9 +48,14 @@ def test_runs_trained_at_once_end_as_alone(base, tmp_path):
 
 
 def test_a_run_trains_on_the_text_that_its_settings_name(base, tmp_path):
-    points = [{"data.train_fraction": 0.5}, {"data.train_fraction": 0.8}]
+    points = []
+    for name, text in (("dog", "the lazy dog sleeps. "), ("fox", "a quick fox jumps over it! ")):
+        (tmp_path / name).write_text(text * 100, encoding="utf-8")
+        points.append({"data.path": str(tmp_path / name)})
     sweep(base, "tiny", points, [1], tmp_path / "sweep.jsonl", together=2)
-    for i, line in enumerate(read_lines(tmp_path / "sweep.jsonl")):
+    lines = read_lines(tmp_path / "sweep.jsonl")
+    assert len({line["val_loss"] for line in lines}) == 2
+    for i, line in enumerate(lines):
         train(with_settings(base, points[i], seed=1), tmp_path / f"run{i}")
         alone = read_metrics(tmp_path / f"run{i}" / "metrics.jsonl")[-1]["val_loss"]
         assert line["val_loss"] == pytest.approx(alone, abs=1e-4)
