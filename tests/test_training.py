@@ -63,7 +63,8 @@ def test_the_same_losses_on_every_mesh(tiny_config, optimizer):
     results = {}
     for name, mesh in MESHES.items():
         model = MODERN if optimizer == "muon" else {"bias": True}
-        config = tiny_config(mesh=mesh, model=model, optimizer={"name": optimizer, "ema_decay": 0.5})
+        settings = {"name": optimizer, "ema_decay": 0.5, "embedding_decay": 0.5}
+        config = tiny_config(mesh=mesh, model=model, optimizer=settings)
         results[name] = run_steps(config)
         kernel = results[name][2].params["blocks"]["mlp"]["up"]["kernel"]
         shards = mesh.get("fsdp", 1) * mesh.get("tensor", 1)
