@@ -85,7 +85,7 @@ def test_matrices_decay_and_nothing_else():
 @pytest.mark.parametrize("decay", ["weight_decay", "embedding_decay"])
 def test_muon_decays_blocks_and_embeddings_apart(decay):
     params, gradient = params_and_gradient(
-        bigram=True, conv_width=3, embedding_skip=True, tied_embedding=False
+        bigram=True, conv_width=3, embedding_skip=True, tied_embedding=False, qk_norm=True
     )
     params = jax.tree.map(lambda p: p + 0.1, params)  # what begins at zero could not be seen to decay
     settings = {
