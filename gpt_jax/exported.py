@@ -93,9 +93,15 @@ def write_exported(folder: Path, metadata: Metadata, params: Params, card: str) 
             for name, content in contents.items():
                 (new / name).write_bytes(content)
                 sync(new / name)
-            if folder.exists():
-                folder.rename(Path(temporary, "old"))
-            new.rename(folder)
+            old = Path(temporary, "old")
+            try:
+                if folder.exists():
+                    folder.rename(old)
+                new.rename(folder)
+            except BaseException:  # Ctrl-C too: what `temporary` holds is about to be deleted
+                if old.exists():
+                    old.rename(folder)
+                raise
             sync(folder.parent)
     except OSError as error:
         raise RunError(f"out = {folder} cannot be written: {error.strerror}") from None

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -359,6 +360,22 @@ def test_what_cannot_be_written_leaves_the_old(trained, copy, tmp_path, monkeypa
     before = (copy / MODEL).read_bytes()
     monkeypatch.setattr(exported, "sync", full)
     with pytest.raises(RunError, match=r"out = .*model cannot be written: No space left on device"):
+        export(trained, copy)
+    assert (copy / MODEL).read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+def test_what_cannot_take_its_place_leaves_the_old(trained, copy, tmp_path, monkeypatch, error):
+    rename = Path.rename
+
+    def fail_for_the_new(path, target):
+        if path.name == "new":
+            raise error
+        return rename(path, target)
+
+    before = (copy / MODEL).read_bytes()
+    monkeypatch.setattr(Path, "rename", fail_for_the_new)
+    with pytest.raises((RunError, KeyboardInterrupt)):
         export(trained, copy)
     assert (copy / MODEL).read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["model"]
 
