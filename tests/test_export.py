@@ -18,6 +18,7 @@ from test_commands import environment
 import gpt_jax
 from gpt_jax import exported, trainer
 from gpt_jax.config import REPOSITORY, Config
+from gpt_jax.corpus import load_corpus
 from gpt_jax.errors import RunError, UserError
 from gpt_jax.evaluate import evaluate
 from gpt_jax.export import as_stored, export, training_command
@@ -189,6 +190,17 @@ def test_a_fresh_clone_samples_from_the_model_that_comes_with_it(trained, model,
     done = program(clone / "sample.py", "--length", "20", cwd="/")
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith(f"{clone / 'artifacts' / 'mine'}, best checkpoint, step ")
+
+
+def test_the_model_that_comes_with_the_code():
+    folder = REPOSITORY / "artifacts" / "pretrained"
+    assert (folder / MODEL).stat().st_size <= 25 * 10**6
+    run = gpt_jax.load(folder)
+    corpus = load_corpus(run.config.data.file, run.config.model.context, run.config.data.train_fraction)
+    assert run.metadata.fingerprint == corpus.fingerprint and run.tokenizer == corpus.tokenizer
+    for text in (folder / CARD, REPOSITORY / "benchmarks" / "RECORDS.md"):
+        assert f"{run.metadata.val_loss:.4f}" in text.read_text(encoding="utf-8")
+    assert run.loss(corpus.tokenizer.decode(corpus.val)) == pytest.approx(run.metadata.val_loss, abs=1e-3)
 
 
 def test_a_damaged_model_in_a_fresh_clone_is_named(model, clone):
