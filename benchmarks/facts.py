@@ -34,9 +34,13 @@ def versions(python: str, *packages: str) -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with "+changes" where files differ from it; None where git knows none."""
+    """The commit of this checkout, with "+changes" where files differ from it; None where git knows none.
+
+    What benchmarks leave in `benchmarks/results` is no change: they would mark their own later steps.
+    """
     try:
-        return _git("rev-parse", "HEAD") + ("+changes" if _git("status", "--porcelain") else "")
+        changes = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+        return _git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 

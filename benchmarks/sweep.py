@@ -4,8 +4,9 @@
         --grid optimizer.muon_learning_rate=0.01,0.02,0.04 --variant "model.bigram=True model.dropout=0.1"
 
 --grid (each adds a dimension) and --variant (each adds a point, a list of settings) multiply; `key=value`
-at the end holds for all. Writes one JSON line a run, and leaves out the runs that the file already has, so
-the same command goes on after a stop; when the config itself has changed, begin another file. --together 8
+at the end holds for all (behind a flag other than --seeds). Writes one JSON line a run, and leaves out the
+runs that the file already has, so the same command goes on after a stop; when the config itself has changed,
+begin another file. A run that comes to a NaN has the loss null from there on. --together 8
 trains up to 8 runs that differ only in seed, learning rates and weight decay at once (`jax.vmap` over runs):
 a small model leaves a GPU nearly idle. At the end, and with --show alone, prints a table: mean and spread
 over the seeds.
@@ -44,6 +45,8 @@ from gpt_jax.train_state import TrainState, count_params, init_params
 from gpt_jax.train_step import INIT_STREAM, stream, train_step
 
 Settings = dict[str, Any]
+Evaluation = tuple[int, float | None]
+DEFAULTS = flatten(Config())
 
 
 def parse_settings(text: str) -> Settings:
@@ -86,12 +89,13 @@ def with_settings(base: Config, settings: Settings, seed: int) -> Config:
     return Config.from_dict(values)
 
 
-def train_together(configs: list[Config], corpus: Corpus) -> tuple[list[list[tuple[int, float]]], float, int]:
+def train_together(configs: list[Config], corpus: Corpus) -> tuple[list[list[Evaluation]], float, int]:
     """Train runs that differ in seed and `TRACEABLE` settings alone, all at once.
 
     Returns:
-        For each run its evaluations (step, loss by the headline protocol); the seconds that all took,
-        compilation left out; and the parameters of one model.
+        For each run its evaluations (step, loss by the headline protocol; None where the run has come to
+        what is not finite); the seconds that all took, compilation left out; and the parameters of one
+        model.
     """
     mesh = make_mesh(configs[0].mesh, jax.devices()[:1])
     config = settle(configs[0], mesh)
@@ -122,7 +126,7 @@ def train_together(configs: list[Config], corpus: Corpus) -> tuple[list[list[tup
     compiled = train_all.lower(states, seeds_R, traced_R, tokens_N, jnp.int32(1)).compile()
     loss_of_tokens = make_loss_of_tokens(model, config.train.batch_size // config.train.accumulate)
 
-    evaluations: list[list[tuple[int, float]]] = [[] for _ in configs]
+    evaluations: list[list[Evaluation]] = [[] for _ in configs]
     begun, step = time.monotonic(), 0
     while step < config.train.steps:
         n = min(config.train.eval_every, config.train.steps - step)
@@ -130,14 +134,25 @@ def train_together(configs: list[Config], corpus: Corpus) -> tuple[list[list[tup
         step += n
         for run in range(len(configs)):
             params = jax.tree.map(lambda leaf, run=run: leaf[run], states.eval_params)
-            evaluations[run].append((step, round(loss_of_tokens(params, corpus.val), 5)))
+            # An update that is not finite is left out, and the same one is tried from there on.
+            came_so_far = int(states.step[run]) == step
+            loss = round(loss_of_tokens(params, corpus.val), 5) if came_so_far else None
+            evaluations[run].append((step, loss))
     return evaluations, time.monotonic() - begun, count_params(params)
 
 
 def sweep(
     base: Config, name: str, points: list[Settings], seeds: list[int], out: Path, together: int
 ) -> None:
-    """Train what `out` does not have yet."""
+    """Train what `out` does not have yet.
+
+    Raises:
+        UserError: `out` cannot be written, or has a line that is no run.
+    """
+    try:
+        out.open("a", encoding="utf-8").close()  # now, not when a run is done
+    except OSError as error:
+        raise UserError(f"out = {out} cannot be written: {error.strerror}") from None
     done = {_identity(line) for line in read_lines(out)}
     groups: dict[str, list[tuple[Settings, Config]]] = defaultdict(list)
     for settings, seed in itertools.product(points, seeds):
@@ -154,22 +169,22 @@ def sweep(
             for (settings, config), losses in zip(part, evaluations, strict=True):
                 line = {
                     "config": name, "settings": settings, "seed": config.seed, "val_loss": losses[-1][1],
+                    "not_default": {k: v for k, v in flatten(config).items() if v != DEFAULTS[k]},
                     "evaluations": losses, "parameters": n_params, "together": len(part),
                     "seconds": round(seconds, 1), "device": describe_devices(), "jax": jax.__version__,
                     "machine": machine(), "commit": commit(),
                 }  # fmt: skip
                 with out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
-                print(
-                    f"{losses[-1][1]:.4f}  seed {config.seed}  {seconds:.0f} s  {_show(settings)}", flush=True
-                )
+                loss = _loss_of(line)
+                print(f"{loss:.4f}  seed {config.seed}  {seconds:.0f} s  {_show(settings)}", flush=True)
 
 
 def print_table(lines: list[dict[str, Any]]) -> None:
     """Mean and spread over the seeds, lowest first."""
     losses: dict[tuple[str, str], list[float]] = defaultdict(list)
     for line in lines:
-        losses[line["config"], _show(line["settings"])].append(line["val_loss"])
+        losses[line["config"], _show(line["settings"])].append(_loss_of(line))
     print("   mean   spread  seeds  settings")
     for (name, settings), values in sorted(losses.items(), key=lambda item: float(np.mean(item[1]))):
         spread = max(values) - min(values)
@@ -177,10 +192,18 @@ def print_table(lines: list[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The runs that a file has; none where it is not there."""
-    return (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    )
+    """The runs that a file has; none where it is not there.
+
+    Raises:
+        UserError: a line is no JSON; a machine that stops while it writes can leave half of one.
+    """
+    lines = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"out = {path}: line {number} is no JSON: delete it") from None
+    return lines
 
 
 def _value(text: str) -> Any:
@@ -188,6 +211,10 @@ def _value(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def _loss_of(line: dict[str, Any]) -> float:
+    return float("inf") if line["val_loss"] is None else line["val_loss"]
 
 
 def _show(settings: Settings) -> str:
@@ -217,6 +244,8 @@ def main() -> int:
     flag("--show", action="store_true", help="train nothing, print the table of --out")
     flag("common", nargs="*", metavar="KEY=V", help="settings of all runs")
     flags = parser.parse_args()
+    if flags.together < 1:
+        raise UserError(f"together = {flags.together} must be 1 or above")
     if not flags.show:
         if flags.config is None:
             raise UserError("--config is missing: try --config configs/shakespeare_cpu.py")

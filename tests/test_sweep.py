@@ -2,15 +2,19 @@
 
 import json
 import runpy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from sweep import all_settings, read_lines, sweep, with_settings
+from sweep import all_settings, print_table, read_lines, sweep, with_settings
 
-from gpt_jax.config import REPOSITORY, Config
+from gpt_jax.config import REPOSITORY, Config, flatten
 from gpt_jax.errors import UserError
 from gpt_jax.metrics import read_metrics
 from gpt_jax.trainer import train
+
+SMOKE = REPOSITORY / "configs" / "smoke.py"
 
 
 @pytest.fixture
@@ -23,7 +27,7 @@ def base(tiny_config):
     [
         ({}, [{"optimizer.learning_rate": 0.01}, {"optimizer.learning_rate": 0.03}]),
         (
-            {"optimizer.name": "muon", "optimizer.embedding_decay": 0.5},
+            {"optimizer.name": "muon", "optimizer.embedding_decay": 0.5, "optimizer.ema_decay": 0.5},
             [
                 {"optimizer.weight_decay": 0.0, "optimizer.muon_learning_rate": 0.02},
                 {"optimizer.weight_decay": 0.5, "optimizer.muon_learning_rate": 0.05},
@@ -40,6 +44,7 @@ def test_runs_trained_at_once_end_as_alone(base, tmp_path, settings, points):
     assert len({line["val_loss"] for line in lines}) == 4
     for i, line in enumerate(lines):
         config = with_settings(base, line["settings"], line["seed"])
+        assert line["not_default"].items() <= flatten(config).items()
         train(config, tmp_path / f"run{i}")
         alone = [r for r in read_metrics(tmp_path / f"run{i}" / "metrics.jsonl") if "val_loss" in r]
         assert [step for step, _ in line["evaluations"]] == [r["step"] for r in alone] == [3, 6]
@@ -61,7 +66,61 @@ def test_a_run_trains_on_the_text_that_its_settings_name(base, tmp_path):
         assert line["val_loss"] == pytest.approx(alone, abs=1e-4)
 
 
-def test_a_sweep_goes_on_where_it_was(base, tmp_path, capsys):
+def test_a_run_that_is_not_finite_has_no_loss(base, tmp_path, capsys):
+    points = [{"optimizer.learning_rate": 0.01}, {"optimizer.learning_rate": 1e38}]
+    sweep(base, "tiny", points, [1], tmp_path / "sweep.jsonl", together=2)
+    good, bad = read_lines(tmp_path / "sweep.jsonl")
+    assert good["val_loss"] > 0 and bad["val_loss"] is None
+    assert [loss for _, loss in bad["evaluations"]] == [None, None]
+    print_table([bad, good])
+    first, last = capsys.readouterr().out.splitlines()[-2:]
+    assert first.split() == [f"{good['val_loss']:.4f}", "0.0000", "1", "tiny", "optimizer.learning_rate=0.01"]
+    assert last.split()[0] == "inf"
+
+
+def test_the_table_has_means_and_spreads(tmp_path):
+    file = tmp_path / "sweep.jsonl"
+    losses = [("a", 2.0), ("b", 1.0), ("a", 2.5), ("b", 1.75), ("a", 3.0)]
+    file.write_text(
+        "".join(
+            json.dumps({"config": name, "settings": {"model.n_layer": 2}, "seed": seed, "val_loss": loss})
+            + "\n"
+            for seed, (name, loss) in enumerate(losses)
+        )
+    )
+    shown = sweep_command("--out", file, "--show").stdout.splitlines()
+    assert [line.split() for line in shown[1:]] == [
+        ["1.3750", "0.7500", "2", "b", "model.n_layer=2"],
+        ["2.5000", "1.0000", "3", "a", "model.n_layer=2"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ("--config", SMOKE, "--out", "no/folder/x.jsonl"),
+            "out = no/folder/x.jsonl cannot be written: No such",
+        ),
+        (("--config", SMOKE, "--out", "torn.jsonl"), "out = torn.jsonl: line 2 is no JSON: delete it"),
+        (("--config", SMOKE, "--out", "x.jsonl", "--together", "0"), "together = 0 must be 1 or above"),
+        (("--config", SMOKE, "--out", "x.jsonl", "--variant", "n_layer"), "'n_layer' is no setting"),
+        (("--out", "x.jsonl"), "--config is missing"),
+    ],
+)
+def test_what_cannot_be_swept_is_one_line(tmp_path, arguments, message):
+    (tmp_path / "torn.jsonl").write_text('{}\n{"config": "sm')
+    done = sweep_command(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+
+
+def sweep_command(*arguments, cwd=None):
+    command = [sys.executable, REPOSITORY / "benchmarks" / "sweep.py", *arguments]
+    return subprocess.run([*map(str, command)], capture_output=True, encoding="utf-8", cwd=cwd, timeout=600)
+
+
+def test_a_sweep_goes_on_where_it_was(base, tmp_path):
     out = tmp_path / "sweep.jsonl"
     sweep(base, "tiny", [{}], [1], out, together=1)
     first = out.read_text(encoding="utf-8")
@@ -83,6 +142,6 @@ def test_grids_multiply():
 
 @pytest.mark.parametrize("settings", [{"model.nonsense": 1}, {"nonsense.x": 1}, {"model.n_layer": "two"}])
 def test_bad_settings_are_named(settings):
-    config = Config.from_dict(runpy.run_path(str(REPOSITORY / "configs" / "smoke.py"))["get_config"]())
+    config = Config.from_dict(runpy.run_path(str(SMOKE))["get_config"]())
     with pytest.raises(UserError, match=next(iter(settings))):
         with_settings(config, settings, seed=1)
