@@ -91,12 +91,12 @@ def describe_bad_evaluation(step: int, val_loss: float, saved_step: int) -> str:
     )
 
 
-def describe_end(records: list[Record], workdir: Path) -> str:
-    """The last line of a finished run, from its metrics."""
+def describe_end(records: list[Record], seconds: float, workdir: Path) -> str:
+    """The last line of a finished run, from its metrics and the seconds since its process started."""
     validated = [record for record in records if "val_loss" in record]
     last, best = validated[-1], best_record(validated)
     return (
-        f"done in {show_time(last['seconds'])}: validation loss {last['val_loss']:.4f}, best "
+        f"done in {show_time(seconds)}: validation loss {last['val_loss']:.4f}, best "
         f"{best['val_loss']:.4f} at step {best['step']:,}. To sample: {sample_command(workdir)}"
     )
 

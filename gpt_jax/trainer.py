@@ -161,7 +161,7 @@ class _Trainer:
         if self.step < steps and stop is not None:
             print(describe_stop(stop.name, self.step, steps, workdir))
             return 128 + stop
-        print(describe_end(read_metrics(workdir / "metrics.jsonl"), workdir))
+        print(describe_end(read_metrics(workdir / "metrics.jsonl"), self._seconds(), workdir))
         return 0
 
     def _begin(self) -> TrainState:
