@@ -44,7 +44,8 @@ def train_batch(
     """Cut the `batch_size` windows of a step out of the tokens, on the device.
 
     Epoch after epoch, each with an offset and an order of its own, the tokens are cut into windows that lie
-    end to end, and every window is taken once: no token is seen again before all others were.
+    end to end, and every window is taken once. The T to 2T - 1 tokens at the two ends for which an epoch's
+    offset leaves no window are seen in other epochs.
 
     Args:
         key: the stream of batches.
