@@ -44,7 +44,6 @@ class ModelConfig:
     tied_embedding: bool = True  # the head is the transposed token embedding
     zero_init: bool = False  # blocks begin as the identity: their last projections start at zero
     init_std: float = 0.02
-    logit_soft_cap: float = 0.0  # c tanh(logits / c); 0: off
     dropout: float = 0.0  # on the embedding and on what each block adds
     attention_dropout: float = 0.0  # on the attention weights
     query_blocks: int = 1  # attention in so many blocks of queries, each without the keys after it
@@ -70,7 +69,7 @@ class ModelConfig:
         _positive(
             self, "model", "n_layer", "n_head", "d_model", "context", "rope_base", "init_std", "query_blocks"
         )
-        _not_negative(self, "model", "d_mlp", "conv_width", "logit_soft_cap")
+        _not_negative(self, "model", "d_mlp", "conv_width")
         _at_most(MOST_UNROLLED, self, "model", "conv_width", "query_blocks")
         _fraction(self, "model", "dropout", "attention_dropout")
         if self.d_model % self.n_head:

@@ -6,9 +6,8 @@ Shapes stand in names: `B` batch, `T` time, `S` time of the keys, `D` model widt
 
 Sources: "Attention Is All You Need" (Vaswani et al. 2017); GPT-2 (Radford et al. 2019) for the order of
 norms and the scaled initialisation; RoPE (Su et al. 2021); RMSNorm (Zhang and Sennrich 2019); SwiGLU
-(Shazeer 2020); squared ReLU (So et al. 2021, "Primer"); QK-norm (Henry et al. 2020); logit soft cap
-(Gemma 2, 2024); a short convolution, which Primer has after q, k and v, before the MLP as in "Canon layers"
-(Allen-Zhu 2025).
+(Shazeer 2020); squared ReLU (So et al. 2021, "Primer"); QK-norm (Henry et al. 2020); a short convolution,
+which Primer has after q, k and v, before the MLP as in "Canon layers" (Allen-Zhu 2025).
 """
 
 from functools import partial
@@ -170,11 +169,7 @@ class GPT(nn.Module):
                 kernel_init=_init(0.0 if config.zero_init else config.init_std, ("embed", "vocab")),
                 name="head",
             )(x_BxTxD)
-        logits_BxTxV = logits_BxTxV.astype(jnp.float32)
-        if config.logit_soft_cap:
-            cap = config.logit_soft_cap
-            logits_BxTxV = cap * jnp.tanh(logits_BxTxV / cap)
-        return logits_BxTxV, cache
+        return logits_BxTxV.astype(jnp.float32), cache
 
     def _pairs(self, tokens_BxT: jax.Array, cache: Cache | None) -> jax.Array:
         """A number for each token and the one before it; pairs of a large vocabulary share numbers."""

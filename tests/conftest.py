@@ -50,8 +50,7 @@ def pytest_configure(config):
 # Every option of the model by itself, and the modern model that has them all.
 MODERN = {
     "norm": "rmsnorm", "activation": "relu2", "position": "rope", "qk_norm": True,
-    "bigram": True, "conv_width": 3, "embedding_skip": True, "tied_embedding": False, "logit_soft_cap": 15.0,
-    "query_blocks": 3,
+    "bigram": True, "conv_width": 3, "embedding_skip": True, "tied_embedding": False, "query_blocks": 3,
 }  # fmt: skip
 MODELS = {
     "gpt2": {},
@@ -67,7 +66,6 @@ MODELS = {
     "relu2": {"activation": "relu2"},
     "swiglu": {"activation": "swiglu"},
     "untied": {"tied_embedding": False},
-    "soft_cap": {"logit_soft_cap": 2.0},
     "query_blocks": {"query_blocks": 3},
     "more_blocks_than_queries": {"query_blocks": 9},
     "modern": MODERN,

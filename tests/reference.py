@@ -88,10 +88,7 @@ def forward(params, config, tokens):
         if config.bias:
             x = x + mlp["down"]["bias"][layer]
     x = norm(x, params["final_norm"])
-    logits = x @ (embedding.T if config.tied_embedding else params["head"]["kernel"])
-    if config.logit_soft_cap:
-        logits = config.logit_soft_cap * np.tanh(logits / config.logit_soft_cap)
-    return logits
+    return x @ (embedding.T if config.tied_embedding else params["head"]["kernel"])
 
 
 def loss(params, config, inputs_BxT, targets_BxT):
