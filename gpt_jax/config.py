@@ -120,7 +120,8 @@ class OptimizerConfig:
     clip_norm: float = 1.0  # largest global norm of the gradient; 0: no clipping
     # Leave out an update whose gradient norm is above this many times the median of the last 64; 0: never.
     skip_above: float = 0.0
-    ema_decay: float = 0.0  # of an exponential moving average of the parameters; 0: none kept
+    # Of an exponential moving average of the parameters, which pays where the rate does not fall; 0: none.
+    ema_decay: float = 0.0
     muon_learning_rate: float = 0.02  # muon: peak for the blocks' matrices; the rest is AdamW's
     muon_momentum: float = 0.95
     embedding_decay: float = 0.0  # muon: decoupled, times learning_rate, of embeddings and head

@@ -87,7 +87,9 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
     if ema_params is not None:
-        ema_params = optax.incremental_update(params, ema_params, 1 - config.optimizer.ema_decay)
+        # Less at first, as TensorFlow's ExponentialMovingAverage does: the initial parameters are soon gone.
+        decay = jnp.minimum(config.optimizer.ema_decay, (1 + state.step) / (10 + state.step))
+        ema_params = optax.incremental_update(params, ema_params, 1 - decay)
     by_array = {
         "grad_norms": jax.tree.map(jnp.linalg.norm, gradient),
         "finite": jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params),

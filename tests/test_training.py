@@ -121,14 +121,15 @@ def test_how_steps_are_cut_into_calls_changes_no_bit(tiny_config):
 
 
 def test_the_moving_average_follows_its_definition(tiny_config):
-    config = tiny_config(optimizer={"ema_decay": 0.75})
+    """The decay begins with 1/10, 2/11, 3/12, 4/13 and goes no further than the setting."""
+    config = tiny_config(optimizer={"ema_decay": 0.25})
     corpus, mesh, model, optimizer = make_parts(config)
     state = init_state(model, optimizer, True, mesh, stream(config.seed, INIT_STREAM))
     train_steps = make_train_steps(config, model, optimizer, mesh, state, 10)
     average = np.asarray(state.params["final_norm"]["scale"])
-    for _ in range(3):
+    for decay in (1 / 10, 2 / 11, 0.25, 0.25):
         state, _ = train_steps(state, corpus.train, 1)
-        average = 0.75 * average + 0.25 * np.asarray(state.params["final_norm"]["scale"])
+        average = decay * average + (1 - decay) * np.asarray(state.params["final_norm"]["scale"])
     np.testing.assert_allclose(state.ema_params["final_norm"]["scale"], average, rtol=1e-5)
     assert not np.allclose(average, state.params["final_norm"]["scale"])
 
