@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout 
 import numpy as np
 from disturb import differences, result_of
 from facts import OURS, commit, machine, versions
-from time_to_loss import absolute_program, follow, prepare_nanogpt, watch
+from time_to_loss import absolute_program, prepare_nanogpt
 
 from gpt_jax.backend import describe_devices
 from gpt_jax.config import REPOSITORY
@@ -36,7 +36,9 @@ from gpt_jax.metrics import read_metrics
 
 Result = dict[str, Any]
 
-BEST, FAITHFUL = "shakespeare_best", "shakespeare"
+SMALL, BEST, FAITHFUL = "shakespeare_cpu", "shakespeare_best", "shakespeare"
+# Evaluations are not counted in the time to a target, and a line for each step makes that time exact.
+OFTEN = ("--config.train.eval_every=50", "--config.train.log_every=1")
 # Of a dry run, after all other settings: a model of seconds.
 TINY = (
     "--config.model.n_layer=1", "--config.model.n_head=2", "--config.model.d_model=16",
@@ -126,30 +128,13 @@ def nvidia_smi() -> list[str]:
 
 
 def record_4(bench: Bench, result: Result) -> None:
-    """Time to 1.4697 and to 1.39. Evaluated often; a line for each step makes its time exact."""
-    targets = (10.0, 9.0) if bench.dry else (1.4697, 1.39)
-    workdir, log = bench.work / "record_4", bench.work / "record_4.log"
-    command = bench.training(BEST, workdir, "--config.train.eval_every=50", "--config.train.log_every=1")
-    try:
-        with log.open("w", encoding="utf-8") as file:
-            new_evaluations = follow(workdir)
-
-            def evaluations_after(line: str) -> list[dict[str, float]]:
-                file.write(line)
-                return new_evaluations(line)
-
-            watch("gpt_jax", command, min(targets), evaluations_after, "train.py", env=bench.environment)
-    finally:
-        describe(workdir, log, result)
-        result["targets"] = {
-            str(target): next((e for e in result["evaluations"] if e["loss"] <= target), None)
-            for target in targets
-        }
+    """The time to 1.4697, by the recipe of five minutes on a CPU: there 1,000 steps come to 1.456."""
+    train(bench, SMALL, "record_4", result, "--config.train.steps=1000", *OFTEN, target=1.4697)
 
 
 def record_3(bench: Bench, result: Result) -> None:
-    """The lowest loss."""
-    train(bench, BEST, "record_3", result)
+    """The lowest loss, and the time to 1.39."""
+    train(bench, BEST, "record_3", result, *OFTEN, target=1.39)
 
 
 def record_5(bench: Bench, result: Result) -> None:
@@ -157,14 +142,21 @@ def record_5(bench: Bench, result: Result) -> None:
     train(bench, FAITHFUL, "record_5", result)
 
 
-def train(bench: Bench, config: str, name: str, result: Result) -> None:
-    """Train a config to its end and describe the run."""
+def train(
+    bench: Bench, config: str, name: str, result: Result, *settings: str, target: float | None = None
+) -> None:
+    """Train a config to its end and describe the run, and when it came to a target, if it did."""
     workdir, log = bench.work / name, bench.work / f"{name}.log"
-    command = bench.training(config, workdir)
+    command = bench.training(config, workdir, *settings)
     try:
         bench.run(command, log)
     finally:
         describe(workdir, log, result)
+        if target is not None:
+            if bench.dry:
+                target = 9.0  # any model is better
+            reached = next((e for e in result["evaluations"] if e["loss"] <= target), None)
+            result |= {"target": target, "reached": reached}
 
 
 def describe(workdir: Path, log: Path, result: Result) -> None:
