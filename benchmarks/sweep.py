@@ -136,8 +136,8 @@ def train_together(configs: list[Config], corpus: Corpus) -> tuple[list[list[Eva
             params = jax.tree.map(lambda leaf, run=run: leaf[run], states.eval_params)
             # An update that is not finite is left out, and the same one is tried from there on.
             came_so_far = int(states.step[run]) == step
-            loss = round(loss_of_tokens(params, corpus.val), 5) if came_so_far else None
-            evaluations[run].append((step, loss))
+            loss = loss_of_tokens(params, corpus.val) if came_so_far else float("nan")
+            evaluations[run].append((step, round(loss, 5) if np.isfinite(loss) else None))
     return evaluations, time.monotonic() - begun, count_params(params)
 
 
@@ -149,6 +149,7 @@ def sweep(
     Raises:
         UserError: `out` cannot be written, or has a line that is no run.
     """
+    code = commit()  # that of the beginning: files may change while it runs
     try:
         out.open("a", encoding="utf-8").close()  # now, not when a run is done
     except OSError as error:
@@ -172,7 +173,7 @@ def sweep(
                     "not_default": {k: v for k, v in flatten(config).items() if v != DEFAULTS[k]},
                     "evaluations": losses, "parameters": n_params, "together": len(part),
                     "seconds": round(seconds, 1), "device": describe_devices(), "jax": jax.__version__,
-                    "machine": machine(), "commit": commit(),
+                    "machine": machine(), "commit": code,
                 }  # fmt: skip
                 with out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
@@ -187,7 +188,7 @@ def print_table(lines: list[dict[str, Any]]) -> None:
         losses[line["config"], _show(line["settings"])].append(_loss_of(line))
     print("   mean   spread  seeds  settings")
     for (name, settings), values in sorted(losses.items(), key=lambda item: float(np.mean(item[1]))):
-        spread = max(values) - min(values)
+        spread = max(values) - min(values) if max(values) < np.inf else np.inf
         print(f"{np.mean(values):7.4f}  {spread:7.4f}  {len(values):5}  {name} {settings}")
 
 
@@ -195,14 +196,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The runs that a file has; none where it is not there.
 
     Raises:
-        UserError: a line is no JSON; a machine that stops while it writes can leave half of one.
+        UserError: a line is no run; a machine that stops while it writes can leave half of one.
     """
     lines = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
         try:
-            lines.append(json.loads(line))
-        except ValueError:
-            raise UserError(f"out = {path}: line {number} is no JSON: delete it") from None
+            run = json.loads(line)
+            if not {"config", "settings", "seed", "val_loss"} <= run.keys():
+                raise ValueError(line)
+        except (ValueError, AttributeError):
+            raise UserError(f"out = {path}: line {number} is no run: delete it") from None
+        lines.append(run)
     return lines
 
 

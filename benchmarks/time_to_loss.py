@@ -234,11 +234,6 @@ def main() -> int:
         raise UserError(f"unexpected argument {strange[0]!r}")
     if flags.repeats < 1:
         raise UserError(f"repeats = {flags.repeats} must be 1 or above")
-    if flags.json:
-        try:
-            flags.json.open("a", encoding="utf-8").close()  # now, not when a run is done
-        except OSError as error:
-            raise UserError(f"json = {flags.json} cannot be written: {error.strerror}") from None
 
     # A cache of compiled programs would hide what a first run takes; unbuffered, lines come when printed.
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
@@ -250,6 +245,11 @@ def main() -> int:
         "machine": machine(),
         "versions": {"gpt_jax": versions(sys.executable, *OURS)},
     }
+    if flags.json:
+        try:
+            flags.json.open("a", encoding="utf-8").close()  # now, not when a run is done
+        except OSError as error:
+            raise UserError(f"json = {flags.json} cannot be written: {error.strerror}") from None
     if report["machine"]["load"] > report["machine"]["cores"] / 2:
         print(f"WARNING: this machine is busy (load {report['machine']['load']})", file=sys.stderr)
     runs: list[TimedRun] = []

@@ -3,7 +3,7 @@
     python train.py --config configs/shakespeare_cpu.py
 
 Expect: validation loss 1.433 (1.430 to 1.437, three seeds) after 4 min 29 s to 4 min 50 s on two cores of an
-AMD EPYC (Zen 4), JAX 0.12.0.1; 1.428 after 4 min 51 s with JAX 0.9.2 (one run). More: benchmarks/RECORDS.md.
+AMD EPYC (Zen 4), JAX 0.12.0.1; 1.428 after 4 min 52 s with JAX 0.9.2 (one run). More: benchmarks/RECORDS.md.
 """
 
 from ml_collections import ConfigDict

@@ -44,8 +44,8 @@ def train_batch(
     """Cut the `batch_size` windows of a step out of the tokens, on the device.
 
     Epoch after epoch, each with an offset and an order of its own, the tokens are cut into windows that lie
-    end to end, and every window is taken once. The T to 2T - 1 tokens at the two ends for which an epoch's
-    offset leaves no window are seen in other epochs.
+    end to end, and every window is taken once. At the two ends T to 2T - 1 tokens are left out (fewer where
+    there is one window), others in each epoch; the outermost are seldom seen.
 
     Args:
         key: the stream of batches.

@@ -99,7 +99,7 @@ def write_exported(folder: Path, metadata: Metadata, params: Params, card: str) 
                     folder.rename(old)
                 new.rename(folder)
             except BaseException:  # Ctrl-C too: what `temporary` holds is about to be deleted
-                if old.exists():
+                if old.exists() and not folder.exists():
                     old.rename(folder)
                 raise
             sync(folder.parent)

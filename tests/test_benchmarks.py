@@ -228,7 +228,12 @@ def test_without_a_gpu_nothing_is_measured(tmp_path):
     assert result["error"].startswith("UserError: nvidia-smi finds no GPU here")
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="there is no git here")
 def test_results_do_not_mark_the_commit_as_changed(tmp_path, monkeypatch):
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+
     def git(*arguments):
         identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
         subprocess.run(["git", "-C", tmp_path, *identity, *arguments], check=True, capture_output=True)

@@ -376,20 +376,31 @@ def test_what_cannot_be_written_leaves_the_old(trained, copy, tmp_path, monkeypa
     assert (copy / MODEL).read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
-def test_what_cannot_take_its_place_leaves_the_old(trained, copy, tmp_path, monkeypatch, error):
+@pytest.mark.parametrize(
+    "error, renamed, raised",
+    [
+        (OSError(5, "Input/output error"), False, RunError),
+        (KeyboardInterrupt(), False, KeyboardInterrupt),
+        (KeyboardInterrupt(), True, KeyboardInterrupt),
+    ],
+)
+def test_one_of_both_models_is_there(trained, copy, tmp_path, monkeypatch, error, renamed, raised):
+    """Whenever the second of the two renames is interrupted, or fails."""
     rename = Path.rename
 
-    def fail_for_the_new(path, target):
+    def interrupted(path, target):
+        if path.name != "new" or renamed:
+            rename(path, target)
         if path.name == "new":
             raise error
-        return rename(path, target)
 
-    before = (copy / MODEL).read_bytes()
-    monkeypatch.setattr(Path, "rename", fail_for_the_new)
-    with pytest.raises((RunError, KeyboardInterrupt)):
+    old, new = b"old", (copy / MODEL).read_bytes()
+    (copy / MODEL).write_bytes(old)
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(raised):
         export(trained, copy)
-    assert (copy / MODEL).read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (copy / MODEL).read_bytes() == (new if renamed else old)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_what_cannot_be_exported(trained, tmp_path):
