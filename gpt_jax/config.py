@@ -109,10 +109,9 @@ class OptimizerConfig:
 
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3  # at the peak
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 100
     final_fraction: float = 0.1  # the last learning rate as a part of the peak
-    decay_fraction: float = 0.2  # wsd (warm-up, stable, decay): the part of the run that decays
     b1: float = 0.9
     b2: float = 0.99
     eps: float = 1e-8
@@ -132,9 +131,8 @@ class OptimizerConfig:
             self, "optimizer", "warmup_steps", "weight_decay", "embedding_decay", "clip_norm", "skip_above"
         )
         _fraction(self, "optimizer", "b1", "b2", "ema_decay", "muon_momentum")
-        for name in ("final_fraction", "decay_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"optimizer.{name} = {getattr(self, name)} must lie in [0, 1]")
+        if not 0 <= self.final_fraction <= 1:
+            raise UserError(f"optimizer.final_fraction = {self.final_fraction} must lie in [0, 1]")
 
 
 @dataclass(frozen=True)

@@ -32,16 +32,13 @@ def make_schedule(config: OptimizerConfig, steps: int, peak: Any) -> optax.Sched
 
     `peak` is a float, or an array where many runs are trained at once.
     """
-    warmup, final = config.warmup_steps, peak * config.final_fraction
+    warmup = config.warmup_steps
     after = max(steps - warmup, 1)
     match config.schedule:
         case "cosine":
             decay = optax.cosine_decay_schedule(peak, after, config.final_fraction)
         case "linear":
-            decay = optax.linear_schedule(peak, final, after)
-        case "wsd":
-            n_decay = min(round(config.decay_fraction * steps), after)
-            decay = optax.linear_schedule(peak, final, n_decay, after - n_decay)
+            decay = optax.linear_schedule(peak, peak * config.final_fraction, after)
         case "constant":
             decay = optax.constant_schedule(peak)
     # Update i of the warm-up has (i + 1) / (warmup + 1) of the peak: none is wasted on a rate of 0.

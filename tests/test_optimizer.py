@@ -37,12 +37,6 @@ def test_linear():
     np.testing.assert_allclose(rates(schedule="linear")[10:], np.linspace(2.0, 0.2, 91), rtol=1e-5)
 
 
-def test_warmup_stable_decay():
-    got = rates(schedule="wsd", decay_fraction=0.3)
-    np.testing.assert_allclose(got[10:71], 2.0, rtol=1e-6)
-    np.testing.assert_allclose(got[70:], np.linspace(2.0, 0.2, 31), rtol=1e-5)
-
-
 def test_constant():
     assert (rates(schedule="constant")[10:] == 2.0).all()
 
