@@ -1,7 +1,8 @@
 """Train variations of a config, several seeds each, and compare their losses.
 
-    python benchmarks/sweep.py --config configs/shakespeare_cpu.py --out sweep.jsonl --seeds 1 2 3 \\
-        --grid optimizer.muon_learning_rate=0.01,0.02,0.04 --variant "model.bigram=True model.dropout=0.1"
+    python benchmarks/sweep.py --config configs/shakespeare_cpu.py --seeds 1 2 3 \\
+        --grid optimizer.muon_learning_rate=0.01,0.02,0.04 --variant "model.bigram=True model.dropout=0.1" \\
+        --out benchmarks/results/sweep.jsonl
 
 --grid (each adds a dimension) and --variant (each adds a point, a list of settings) multiply; `key=value`
 at the end holds for all (behind a flag other than --seeds). Writes one JSON line a run, and leaves out the
