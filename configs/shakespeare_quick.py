@@ -2,7 +2,7 @@
 
     python train.py --config configs/shakespeare_quick.py
 
-Expect: 1.842 after 13 s on two cores of an AMD EPYC (Zen 4), JAX 0.12.0.1, where nanoGPT's recipe takes 105 s
+Expect: 1.842 after 11 s on two cores of an AMD EPYC (Zen 4), JAX 0.12.0.1, where nanoGPT's recipe takes 81 s
 (benchmarks/RECORDS.md).
 """
 
