@@ -1,4 +1,4 @@
-"""What a figure was measured with and on: the facts that stand beside every number."""
+"""What a figure was measured with and on: the facts that stand beside every number, and its file."""
 
 import json
 import os
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_jax.config import REPOSITORY
+from gpt_jax.errors import UserError
 
 OURS = ("jax", "jaxlib", "flax", "numpy")
 
@@ -43,6 +44,18 @@ def commit() -> str | None:
         return _git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """Find out before hours are spent whether results can go to `path`; made where it is not there.
+
+    Raises:
+        UserError: they cannot.
+    """
+    try:
+        path.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise UserError(f"{flag} = {path} cannot be written: {error.strerror}") from None
 
 
 def _git(*arguments: str) -> str:

@@ -7,10 +7,9 @@
 --grid (each adds a dimension) and --variant (each adds a point, a list of settings) multiply; `key=value`
 at the end holds for all (behind a flag other than --seeds). Writes one JSON line a run, and leaves out the
 runs that the file already has, so the same command goes on after a stop; when the config itself has changed,
-begin another file. A run that comes to a NaN has the loss null from there on. --together 8
-trains up to 8 runs that differ only in seed, learning rates and weight decay at once (`jax.vmap` over runs):
-a small model leaves a GPU nearly idle. At the end, and with --show alone, prints a table: mean and spread
-over the seeds.
+begin another file. A run that comes to a NaN has the loss null from there on. --together 8 trains up to 8
+runs that differ only in seed, learning rates and weight decay at once (`jax.vmap` over runs): a small model
+leaves a GPU nearly idle. At the end, and with --show alone, prints a table: mean and spread over the seeds.
 """
 
 import argparse
@@ -30,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from facts import commit, machine
+from facts import check_writable, commit, machine
 from flax import linen as nn
 
 from gpt_jax.backend import describe_devices
@@ -151,10 +150,7 @@ def sweep(
         UserError: `out` cannot be written, or has a line that is no run.
     """
     code = commit()  # that of the beginning: files may change while it runs
-    try:
-        out.open("a", encoding="utf-8").close()  # now, not when a run is done
-    except OSError as error:
-        raise UserError(f"out = {out} cannot be written: {error.strerror}") from None
+    check_writable("out", out)
     done = {_identity(line) for line in read_lines(out)}
     groups: dict[str, list[tuple[Settings, Config]]] = defaultdict(list)
     for settings, seed in itertools.product(points, seeds):

@@ -32,7 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout that this file lies in
 
-from facts import OURS, commit, machine, versions
+from facts import OURS, check_writable, commit, machine, versions
 
 from gpt_jax.config import ARTIFACTS, REPOSITORY
 from gpt_jax.errors import RunError, UserError, run_main
@@ -246,10 +246,7 @@ def main() -> int:
         "versions": {"gpt_jax": versions(sys.executable, *OURS)},
     }
     if flags.json:
-        try:
-            flags.json.open("a", encoding="utf-8").close()  # now, not when a run is done
-        except OSError as error:
-            raise UserError(f"json = {flags.json} cannot be written: {error.strerror}") from None
+        check_writable("json", flags.json)
     if report["machine"]["load"] > report["machine"]["cores"] / 2:
         print(f"WARNING: this machine is busy (load {report['machine']['load']})", file=sys.stderr)
     runs: list[TimedRun] = []
