@@ -1,12 +1,52 @@
 """What JAX runs on here, and whether it computes rightly."""
 
 import os
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gpt_jax.errors import UserError
+
+Dtype = Literal["float32", "bfloat16"]  # that activations are computed in
+
+
+def auto_dtype(platform: str, compute_capability: str = "") -> Dtype:
+    """What `model.dtype = "auto"` stands for: bfloat16 where the hardware multiplies in it, else float32.
+
+    Args:
+        platform: as JAX names it: "cpu", "gpu", "tpu".
+        compute_capability: of an NVIDIA GPU, such as "7.5"; below 8.0 they have no bfloat16 units.
+    """
+    if platform == "cpu" or _major(compute_capability) < 8:
+        return "float32"
+    return "bfloat16"
+
+
+def resolve_dtype(dtype: Dtype | Literal["auto"]) -> Dtype:
+    """A setting `model.dtype` without "auto": that becomes what suits the first device here."""
+    return auto_dtype(*_device()) if dtype == "auto" else dtype
+
+
+def describe_dtype(dtype: str, platform: str, compute_capability: str = "") -> str:
+    """The type of the computation, for a person: what it means on this hardware, and why it was chosen."""
+    if dtype == "float32" and _major(compute_capability) < 8:
+        return "float32 (a GPU below compute capability 8.0 has no bfloat16 units)"
+    if dtype == "float32" and platform != "cpu":
+        return "float32 (matrix products too: no TensorFloat-32, no bfloat16 passes)"
+    return dtype
+
+
+def _major(compute_capability: str) -> int:
+    """7 of "7.5"; a large number for what is no NVIDIA GPU."""
+    major = compute_capability.split(".")[0]
+    return int(major) if major.isdecimal() else 999
+
+
+def _device() -> tuple[str, str]:
+    device = jax.devices()[0]
+    return device.platform, str(getattr(device, "compute_capability", ""))
 
 
 def check_backend() -> None:
@@ -33,7 +73,7 @@ def check_backend() -> None:
         raise UserError(
             f"jax {jax.__version__} computes wrongly on this {jax.default_backend()} "
             f"({got_N[n]:.0f} for {n} squared): install another version, "
-            f"pip install 'jax>=0.9.2,!=0.10.*,!=0.11.0,!=0.11.1'"
+            f"pip install 'jax>=0.7.2,!=0.10.*,!=0.11.0,!=0.11.1'"
         )
 
 
@@ -52,3 +92,8 @@ def describe_devices() -> str:
     """`1 x NVIDIA H200 (gpu)`: the devices for a person."""
     devices = jax.devices()
     return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
+
+
+def describe_dtype_here(dtype: str) -> str:
+    """`describe_dtype` for the first device here."""
+    return describe_dtype(dtype, *_device())

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from gpt_jax.backend import resolve_dtype
 from gpt_jax.config import ModelConfig
 
 Params = Any  # a nested dictionary of arrays
@@ -54,10 +55,8 @@ class Cache(struct.PyTreeNode):
 
 
 def compute_dtype(config: ModelConfig) -> Any:
-    """The type that activations are computed in: bfloat16 on TPU and GPU, float32 on CPU."""
-    if config.dtype == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return jnp.dtype(config.dtype)
+    """The type that activations are computed in; "auto" becomes what suits the first device."""
+    return jnp.dtype(resolve_dtype(config.dtype))
 
 
 def empty_cache(config: ModelConfig, vocab_size: int, batch_size: int) -> Cache:
@@ -113,6 +112,13 @@ class GPT(nn.Module):
         Returns:
             Logits, float32 [B, T, V], and the cache with these tokens added (None without one).
         """
+        # A TPU or GPU would round float32 factors to bfloat16 or TensorFloat-32: float32 means float32 here.
+        with jax.default_matmul_precision("float32"):
+            return self._logits(tokens_BxT, cache, deterministic)
+
+    def _logits(
+        self, tokens_BxT: jax.Array, cache: Cache | None, deterministic: bool
+    ) -> tuple[jax.Array, Cache | None]:
         config = self.config
         dtype = compute_dtype(config)
         embed = nn.Embed(
@@ -159,17 +165,20 @@ class GPT(nn.Module):
                 cache = Cache(tuple(layers), cache.length + tokens_BxT.shape[1], tokens_BxT[:, -1])
 
         x_BxTxD = make_norm(config, "final_norm")(x_BxTxD)
+        # The products are added up in float32 either way; here the sums also stay in it, unrounded.
         if config.tied_embedding:
-            logits_BxTxV = embed.attend(x_BxTxD)
+            embedding_VxD = embed.embedding.astype(dtype)
+            logits_BxTxV = jnp.dot(x_BxTxD, embedding_VxD.T, preferred_element_type=jnp.float32)
         else:
             logits_BxTxV = nn.Dense(
                 self.vocab_size,
                 use_bias=False,
                 dtype=dtype,
+                dot_general=partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
                 kernel_init=_init(0.0 if config.zero_init else config.init_std, ("embed", "vocab")),
                 name="head",
             )(x_BxTxD)
-        return logits_BxTxV.astype(jnp.float32), cache
+        return logits_BxTxV, cache
 
     def _pairs(self, tokens_BxT: jax.Array, cache: Cache | None) -> jax.Array:
         """A number for each token and the one before it; pairs of a large vocabulary share numbers."""
