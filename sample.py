@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from gpt_jax.compilation import use_compilation_cache
 from gpt_jax.config import ARTIFACTS
 from gpt_jax.errors import run_main
 from gpt_jax.run import WINDOWS
@@ -35,6 +36,7 @@ def main() -> None:
     flag("--window", choices=WINDOWS, default=WINDOWS[0], help="what is seen past the context")
     flag("--show", type=int, default=500, help="characters to show on the terminal (%(default)s)")
     flags = vars(parser.parse_args())
+    use_compilation_cache()
     names = ("temperature", "top_k", "top_p", "min_p", "greedy")
     write_samples(rules=make_rules(**{name: flags.pop(name) for name in names}), **flags)
 

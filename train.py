@@ -16,6 +16,7 @@ from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from gpt_jax.backend import make_deterministic  # noqa: E402
+from gpt_jax.compilation import use_compilation_cache  # noqa: E402
 from gpt_jax.config import ARTIFACTS, Config  # noqa: E402
 from gpt_jax.errors import UserError, run_main  # noqa: E402
 from gpt_jax.trainer import train  # noqa: E402
@@ -33,6 +34,7 @@ def main() -> int:
     config_file, config = parse(sys.argv)
     if flags.FLAGS.deterministic:
         make_deterministic()
+    use_compilation_cache()
     workdir = Path(flags.FLAGS.workdir or ARTIFACTS / config_file.stem).expanduser()
     return train(config, workdir, STARTED)
 

@@ -28,6 +28,8 @@ from disturb import Training, differences, result_of, spoil_something, steps_of,
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 EXPECTED = {signal.SIGKILL: {-9, 0}, signal.SIGTERM: {143, 0}, signal.SIGINT: {130, 0}}
 
+UNCACHED = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+
 
 def disturbed_run(
     folder: Path, text: Path, chance: random.Random, cache: dict[str, str], counts: collections.Counter[str]
@@ -37,7 +39,9 @@ def disturbed_run(
     problems = []
     for _ in range(chance.randrange(1, 6)):  # processes before the one that is left in peace
         cached = chance.random() < 0.8
-        training = Training(workdir, text, environment=cache if cached else {})
+        training = Training(
+            workdir, text, environment=cache if cached else {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+        )
         # Most of a process is imports and compilation: three quarters of the faults come after those begin.
         if chance.random() < 0.75:
             training.wait_for("compile")
@@ -76,6 +80,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the counts here, too")
     flags = parser.parse_args()
+    os.environ |= UNCACHED
     # Bits are promised on one thread only.
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     chance = random.Random(flags.seed)
@@ -85,6 +90,7 @@ def main() -> int:
         base = Path(place)
         text = write_text(base / "text.txt")
         cache = {
+            "JAX_ENABLE_COMPILATION_CACHE": "true",
             "JAX_COMPILATION_CACHE_DIR": str(base / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "TF_CPP_MIN_LOG_LEVEL": "3",

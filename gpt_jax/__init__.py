@@ -9,6 +9,11 @@ The Python face:
     run.loss("To be, or not to be")
 """
 
+import os
+
+# Read when jaxlib is imported: jaxlib 0.9 warns for each program that it reads from the compilation cache.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
 from gpt_jax.errors import UserError
 from gpt_jax.run import Run, load
 

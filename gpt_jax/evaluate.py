@@ -3,8 +3,10 @@
 import argparse
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
+from gpt_jax.compilation import compiling, use_compilation_cache
 from gpt_jax.corpus import Corpus, load_corpus, read_text
 from gpt_jax.errors import UserError, run_main
 from gpt_jax.run import Run, load, newest_run
@@ -52,9 +54,11 @@ def main() -> int:
     parser.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint")
     parser.add_argument("--text", type=Path, help="a UTF-8 text; default: the validation split")
     flags = parser.parse_args()
+    use_compilation_cache()
     workdir = flags.workdir or newest_run()
     run = load(workdir, flags.which)
-    loss, n_characters = evaluate(run, flags.text)
+    with compiling("evaluation", partial(print, file=sys.stderr, flush=True)):
+        loss, n_characters = evaluate(run, flags.text)
     print(f"run        {workdir}, {run.source}, step {run.step:,}")
     print(f"text       {flags.text or 'validation split'}, {n_characters:,} characters predicted")
     print(f"loss       {loss:.4f} nats per character")

@@ -11,12 +11,14 @@ import shlex
 import sys
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt_jax.compilation import compiling, use_compilation_cache
 from gpt_jax.config import REPOSITORY, Config, flatten
 from gpt_jax.corpus import Corpus
 from gpt_jax.errors import UserError, run_main
@@ -180,9 +182,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="float16: half the size")
     flags = parser.parse_args()
+    use_compilation_cache()
     workdir, out = flags.workdir or newest_run(), flags.out.expanduser()
     run = load(workdir, flags.which)
-    exported = export(run, out, flags.dtype)
+    with compiling("evaluation", partial(print, file=sys.stderr, flush=True)):
+        exported = export(run, out, flags.dtype)
     before = run.metadata.val_loss
     print(f"run        {workdir}, {run.source}, step {run.step:,}")
     print(f"written    {out}/: {', '.join(FILES)}")

@@ -24,7 +24,7 @@ def seal(folder: Path) -> None:
     What `seal` has returned from can be moved to its place by a rename: files are durable before the
     folders that name them.
     """
-    lines = "".join(f"{_checksum(folder / name)}  {name}\n" for name in sorted(_files(folder)))
+    lines = "".join(f"{checksum(folder / name)}  {name}\n" for name in sorted(_files(folder)))
     write_durably(folder / CHECKSUMS, f"{lines}# {_digest(lines.encode())}\n")
     for path, _, files in os.walk(folder, topdown=False):
         for name in files:
@@ -45,13 +45,13 @@ def verify(folder: Path) -> None:
         lines, _, last = (folder / CHECKSUMS).read_text(encoding="utf-8").rpartition("# ")
         if last != _digest(lines.encode()) + "\n":
             raise DamagedError(f"{CHECKSUMS} was changed")
-        sums = {name: checksum for checksum, name in (line.split("  ", 1) for line in lines.splitlines())}
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines.splitlines())}
         for name in sorted(found | sums.keys()):
             if name not in found:
                 raise DamagedError(f"{name} is missing")
             if name not in sums:
                 raise DamagedError(f"{name} does not belong there")
-            if _checksum(folder / name) != sums[name]:
+            if checksum(folder / name) != sums[name]:
                 raise DamagedError(f"{name} was changed")
     except (OSError, ValueError) as error:
         what = f"{type(error).__name__}: {error}" if isinstance(error, ValueError) else error.strerror
@@ -97,7 +97,8 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """The SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,8 +1,9 @@
 """What a checkpoint says beside its arrays."""
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
+from gpt_jax.backend import Dtype
 from gpt_jax.checkpoint import METADATA, Checkpoints
 from gpt_jax.config import Config
 from gpt_jax.errors import UserError
@@ -22,6 +23,8 @@ class Metadata:
         val_loss: at this step, by the headline protocol; None for one saved between evaluations.
         recent_losses: those that the next line of metrics.jsonl is the mean of.
         versions: of the libraries.
+        compute_dtype: "float32" or "bfloat16", what the newest updates were computed in; None where an older
+            version of the code, which did not record it, wrote the checkpoint.
     """
 
     config: Config
@@ -31,6 +34,7 @@ class Metadata:
     val_loss: float | None
     recent_losses: list[float]
     versions: dict[str, str]
+    compute_dtype: Dtype | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold."""
@@ -44,6 +48,7 @@ class Metadata:
         Raises:
             UserError: something is missing or not what it should be; it is named.
         """
+        values = {"compute_dtype": None} | values
         val_loss, losses, versions = map(values.get, ("val_loss", "recent_losses", "versions"))
         sound = {
             "config": True,  # checks itself
@@ -53,6 +58,7 @@ class Metadata:
             "val_loss": val_loss is None or type(val_loss) is float,
             "recent_losses": isinstance(losses, list) and all(type(x) is float for x in losses),
             "versions": isinstance(versions, dict) and all(isinstance(x, str) for x in versions.values()),
+            "compute_dtype": values["compute_dtype"] in (None, *get_args(Dtype)),
         }
         for name, is_sound in sound.items():
             if name not in values or not is_sound:

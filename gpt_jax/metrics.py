@@ -137,6 +137,7 @@ class Terminal:
         self._between = seconds_between_lines
         self._printed_at = 0.0
         self._steps = steps
+        self._begun = ""  # a line without an end so far
         if sys.stdout.isatty():
             # A terminal that does not know its size says 0, and tqdm would draw nothing.
             columns = os.get_terminal_size(sys.stdout.fileno()).columns
@@ -148,12 +149,17 @@ class Terminal:
                 **({"dynamic_ncols": True} if columns else {"ncols": 80, "nrows": 24}),
             )
 
-    def line(self, text: str) -> None:
-        """A line of its own, above the bar."""
-        if self._bar is not None:
-            self._bar.write(text)
+    def write(self, text: str, end: str = "\n") -> None:
+        """Like `print`, above the bar; a line without an end stands beside the bar until the rest comes."""
+        if self._bar is None:
+            print(text, end=end, flush=True)
+        elif end:
+            self._bar.write(self._begun + text)
+            self._begun = ""
+            self._bar.set_description_str("")
         else:
-            print(text, flush=True)
+            self._begun += text
+            self._bar.set_description_str(self._begun)
 
     def progress(self, record: Record, val_loss: float | None, seconds_left: float) -> None:
         """Show the newest numbers of the run."""

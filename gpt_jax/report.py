@@ -8,24 +8,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt_jax.backend import describe_devices
+from gpt_jax.backend import describe_devices, describe_dtype_here
 from gpt_jax.config import ARTIFACTS, REPOSITORY, Config
 from gpt_jax.corpus import Corpus
 from gpt_jax.metrics import Record, best_record, show_time
-from gpt_jax.model import compute_dtype
 from gpt_jax.train_state import name_leaves
 
 LONG_ON_A_CPU = 30 * 60  # seconds; whoever waits longer should know of the small recipe
 
 
-def describe_run(config: Config, workdir: Path, corpus: Corpus, mesh_shape: Any, n_params: int) -> str:
+def describe_run(
+    config: Config, dtype: str, workdir: Path, corpus: Corpus, mesh_shape: Any, n_params: int
+) -> str:
     """The first lines: the device, the model, the data, and where things go."""
     model = config.model
-    dtype = np.dtype(compute_dtype(model)).name
     mesh = " x ".join(f"{size} {axis}" for axis, size in mesh_shape.items())
     return "\n".join(
         [
-            f"device  {describe_devices()}, mesh {mesh}, {dtype}, jax {jax.__version__}",
+            f"device  {describe_devices()}, mesh {mesh}, {describe_dtype_here(dtype)}, jax {jax.__version__}",
             f"model   {n_params:,} parameters: {model.n_layer} layers, {model.n_head} heads, "
             f"width {model.d_model}, context {model.context}",
             f"data    {_short(config.data.file)}: {len(corpus.train):,} characters train, "

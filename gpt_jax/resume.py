@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gpt_jax.backend import Dtype, resolve_dtype
 from gpt_jax.batches import micro_batch_size
 from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.config import Config, flatten
@@ -16,11 +17,13 @@ from gpt_jax.metadata import Metadata, read_metadata
 from gpt_jax.train_state import TrainState
 
 # Settings that a resumed run may change: they move a step by rounding at most. Exceptions are asked for:
-# train.steps stretches the schedule; train.accumulate, and with attention_dropout model.query_blocks, draw
-# other dropout masks. The text behind data.path is held by its fingerprint.
+# train.steps stretches the schedule; model.dtype changes the precision; train.accumulate, and with
+# attention_dropout model.query_blocks, draw other dropout masks. The text behind data.path is held by its
+# fingerprint.
 SAFE_TO_CHANGE = (
     "data.path",
     "mesh.",
+    "model.dtype",
     "model.query_blocks",
     "model.remat",
     "model.unroll",
@@ -84,6 +87,34 @@ def settle(config: Config, mesh: jax.sharding.Mesh, saved: Metadata | None = Non
     # Wherever the run is read again from, its text is where it is now.
     path = str(config.data.file) if config.data.path else ""
     return replace(config, train=train, data=replace(config.data, path=path))
+
+
+def settle_dtype(config: Config, saved: Metadata | None = None) -> tuple[Dtype, str | None]:
+    """The type that a run computes in: the one that it began with, unless the settings name another.
+
+    Args:
+        config: the settings.
+        saved: of the checkpoint to go on from; None for a new run.
+
+    Returns:
+        "float32" or "bfloat16", and what there is to say about it.
+    """
+    here = resolve_dtype(config.model.dtype)
+    if saved is None:
+        return here, None
+    before = saved.compute_dtype
+    if before is None and saved.config.model.dtype != "auto":
+        before = saved.config.model.dtype
+    if before is None:
+        return here, f"the checkpoint does not say what it was computed in: the run goes on in {here}"
+    if before == here:
+        return here, None
+    if config.model.dtype == "auto":
+        return before, (
+            f"the run goes on in {before}, as it began; a new one would compute in {here} on this device, "
+            f"and --config.model.dtype={here} changes this one"
+        )
+    return here, f"the run goes on in {here}, as model.dtype says; until now it computed in {before}"
 
 
 def state_items(state: TrainState) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from gpt_jax.train_state import TrainState
 INIT_STREAM, BATCH_STREAM, DROPOUT_STREAM, SAMPLE_STREAM = range(4)
 
 Metrics = dict[str, Any]
-TrainSteps = Any  # a jitted or compiled (state, tokens_N, n_steps) -> (state, metrics)
+TrainSteps = Any  # a jitted or compiled (state, tokens_N, seed, n_steps) -> (state, metrics)
 
 
 def stream(seed: int | jax.Array, name: int) -> jax.Array:
@@ -69,7 +69,7 @@ def train_step(
     Args:
         state: what to update.
         tokens_N: the training split.
-        seed: of the run; `config.seed`, or an array of many runs' where they are trained at once.
+        seed: of the run, a uint32 scalar.
         config, model, optimizer, mesh: what to train and where.
 
     Returns:
@@ -120,8 +120,9 @@ def make_train_steps(
         max_steps: M, the most updates that one call can do.
 
     Returns:
-        `(state, tokens_N, n_steps) -> (state, metrics)`: `n_steps` updates, at most M. The state that
-        goes in is consumed. Where an update is left out as not finite the call ends. Metrics:
+        `(state, tokens_N, seed, n_steps) -> (state, metrics)`: `n_steps` updates, at most M, with the random
+        numbers of `seed` (uint32; `config.seed` is not read, so that one compiled program serves every seed).
+        The state that goes in is consumed. Where an update is left out as not finite the call ends. Metrics:
 
         - "loss" (nats a token, of the batch before its update), "grad_norm" (global, before clipping):
           float32 [M], one for each update, and for the one left out.
@@ -131,7 +132,9 @@ def make_train_steps(
         - "finite": for each array of the parameters whether the last step's update left all of it finite.
     """
 
-    def train_steps(state: TrainState, tokens_N: jax.Array, n_steps: jax.Array) -> tuple[TrainState, Metrics]:
+    def train_steps(
+        state: TrainState, tokens_N: jax.Array, seed: jax.Array, n_steps: jax.Array
+    ) -> tuple[TrainState, Metrics]:
         first_step = state.step
 
         # A loop whose length is known only at run time: one program serves every number of steps, so
@@ -142,9 +145,7 @@ def make_train_steps(
 
         def body(carry: tuple[jax.Array, TrainState, Metrics, Metrics]) -> tuple[Any, ...]:
             i, state, history, _ = carry
-            state, metrics, by_array = train_step(
-                state, tokens_N, config.seed, config, model, optimizer, mesh
-            )
+            state, metrics, by_array = train_step(state, tokens_N, seed, config, model, optimizer, mesh)
             history = {name: history[name].at[i].set(metrics[name]) for name in history}
             return i + 1, state, history, by_array
 
@@ -165,7 +166,7 @@ def make_train_steps(
     everywhere = replicated(mesh)
     return jax.jit(
         train_steps,
-        in_shardings=(shardings, everywhere, everywhere),
+        in_shardings=(shardings, everywhere, everywhere, everywhere),
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
     )

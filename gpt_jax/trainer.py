@@ -5,7 +5,8 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from gpt_jax.backend import check_backend
 from gpt_jax.checkpoint import Checkpoints
+from gpt_jax.compilation import compiling
 from gpt_jax.config import Config
 from gpt_jax.corpus import Corpus, load_corpus
 from gpt_jax.errors import RunError, UserError
@@ -46,7 +48,7 @@ from gpt_jax.report import (
     describe_stop,
     promise_time,
 )
-from gpt_jax.resume import restore_newest, settle, state_items
+from gpt_jax.resume import restore_newest, settle, settle_dtype, state_items
 from gpt_jax.run import checkpoint_folder
 from gpt_jax.sampler import generate_tokens
 from gpt_jax.sampling import make_rules
@@ -128,6 +130,7 @@ class _Trainer:
         self.val_loss: float | None = None  # of the newest evaluation
         self.step = 0
         self.skipped = 0  # updates that the optimizer left out
+        self.compiled: set[str] = set()  # what need not be announced any more
 
     def run(self) -> int:
         """Restore or begin, train, say what came of it; the exit status."""
@@ -135,12 +138,14 @@ class _Trainer:
         config, workdir, steps = self.config, self.workdir, self.config.train.steps
         first_step = self.step
         n_params = count_params(state.params)
-        print(describe_run(config, workdir, self.corpus, self.mesh.shape, n_params))
+        print(describe_run(config, self.dtype, workdir, self.corpus, self.mesh.shape, n_params))
         if first_step >= steps:
             print(describe_finished(first_step, steps, workdir))
             return 0
         if first_step:
             print(f"resume  after step {first_step:,} of {steps:,}")
+        if self.about_dtype:
+            print(f"dtype   {self.about_dtype}")
 
         write_durably(workdir / "config.json", config.to_json())
         self.samples = SamplesFile(workdir / "samples.txt", first_step)
@@ -184,17 +189,17 @@ class _Trainer:
             state = init_state(self.model, self.optimizer, keep_ema, self.mesh, key)
         self.checkpoints.prepare()
         self.config = settle(self.config, self.mesh, metadata)
+        # The settings keep "auto", so that a sampler elsewhere takes what suits its device.
+        self.dtype, self.about_dtype = settle_dtype(self.config, metadata)
+        self.model = self.model.clone(config=replace(self.config.model, dtype=self.dtype))
         return state
 
     def _compile(self, state: TrainState, tokens_N: jax.Array) -> TrainSteps:
-        begun = time.monotonic()
-        print("compile ...", end="", flush=True)
-        steps = make_train_steps(
-            self.config, self.model, self.optimizer, self.mesh, state, MAX_STEPS_PER_CALL
-        )
-        compiled = steps.lower(state, tokens_N, np.int32(1)).compile()
-        print(f" {time.monotonic() - begun:.1f} s", flush=True)
-        return compiled
+        with compiling("training steps"):
+            steps = make_train_steps(
+                self.config, self.model, self.optimizer, self.mesh, state, MAX_STEPS_PER_CALL
+            )
+            return steps.lower(state, tokens_N, np.uint32(self.config.seed), np.int32(1)).compile()
 
     def _loop(
         self,
@@ -215,7 +220,7 @@ class _Trainer:
             until_evaluation = train.eval_every - self.step % train.eval_every
             n_steps = min(steps_per_call, until_evaluation, train.steps - self.step)
             begun = time.monotonic()
-            state, metrics = train_steps(state, tokens_N, np.int32(n_steps))
+            state, metrics = train_steps(state, tokens_N, np.uint32(self.config.seed), np.int32(n_steps))
             metrics = jax.device_get(metrics)
             n_done = int(metrics["steps"])
             seconds = time.monotonic() - begun
@@ -227,7 +232,8 @@ class _Trainer:
                 self._stop_before_nan(state, metrics, n_done, record)
             evaluate_now = self.step % train.eval_every == 0 or self.step == train.steps
             if evaluate_now:
-                self.val_loss = loss_of_tokens(state.eval_params, self.corpus.val)
+                with self._compiling_once("evaluation"):
+                    self.val_loss = loss_of_tokens(state.eval_params, self.corpus.val)
                 if not np.isfinite(self.val_loss):
                     raise RunError(describe_bad_evaluation(self.step, self.val_loss, self.saved_step))
                 record |= {"val_loss": self.val_loss, "val_bpc": self.val_loss / float(np.log(2))}
@@ -244,7 +250,7 @@ class _Trainer:
             calls += 1
             # The first call is slower than all that follow, and short ones are no measure of long ones.
             if calls > 1 and not promised and seconds > SECONDS_PER_CALL / 2:
-                self.terminal.line(promise_time(seconds_left))
+                self.terminal.write(promise_time(seconds_left))
                 promised = True
             self.terminal.progress(record, self.val_loss, seconds_left)
 
@@ -259,9 +265,9 @@ class _Trainer:
             loss, norm, skipped = (metrics[name][i].item() for name in ("loss", "grad_norm", "skipped"))
             self.step += 1
             if skipped > self.skipped:
-                self.terminal.line(describe_skip(self.step, norm, self.config.optimizer.skip_above))
+                self.terminal.write(describe_skip(self.step, norm, self.config.optimizer.skip_above))
             elif is_spike(loss, self.losses_before):
-                self.terminal.line(describe_spike(self.step, loss, self.losses_before, norm))
+                self.terminal.write(describe_spike(self.step, loss, self.losses_before, norm))
             self.skipped = skipped
             self.losses_before.append(loss)
             self.recent_losses.append(loss)
@@ -322,18 +328,27 @@ class _Trainer:
             val_loss=val_loss,
             recent_losses=list(self.recent_losses),
             versions={name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
+            compute_dtype=self.dtype,
         )
         self.checkpoints.save(self.step, state_items(state), metadata.to_dict())
 
     def _show_evaluation(self, state: TrainState, record: Record) -> None:
         """A line of losses, a few lines of sample text, and the plot."""
         losses = describe_evaluation(record)
-        self.terminal.line(losses)
+        self.terminal.write(losses)
         if self.config.train.sample_length:
-            sample = self._sample(state)
-            self.terminal.line("\n".join("    | " + line for line in sample.strip("\n").splitlines()))
+            with self._compiling_once("sampling"):
+                sample = self._sample(state)
+            self.terminal.write("\n".join("    | " + line for line in sample.strip("\n").splitlines()))
             self.samples.write(losses, sample)
         self._plot()
+
+    def _compiling_once(self, what: str) -> AbstractContextManager[None]:
+        """`compiling` around the first call of something; later calls need no words."""
+        if what in self.compiled:
+            return nullcontext()
+        self.compiled.add(what)
+        return compiling(what, self.terminal.write)
 
     def _sample(self, state: TrainState) -> str:
         pieces = generate_tokens(
@@ -354,7 +369,7 @@ class _Trainer:
         except OSError:
             raise
         except Exception as error:  # a picture is no reason to lose a run
-            self.terminal.line(f"WARNING: loss.png is not drawn: {type(error).__name__}: {error}")
+            self.terminal.write(f"WARNING: loss.png is not drawn: {type(error).__name__}: {error}")
 
 
 def _printable(name: str) -> str:

@@ -3,8 +3,11 @@
 import os
 import sys
 import time
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
+from gpt_jax.compilation import compiling
 from gpt_jax.corpus import read_text
 from gpt_jax.errors import RunError, UserError
 from gpt_jax.run import load, newest_run
@@ -56,13 +59,17 @@ def write_samples(
     out.parent.mkdir(parents=True, exist_ok=True)
 
     print(f"{workdir}, {run.source}, step {run.step:,}", file=sys.stderr)
-    print(prompt, end="", flush=True)
     grown: list[list[str]] = [[prompt] for _ in range(num_samples)]
     to_show = max(show, 0)
     begun = time.monotonic()
     stopped = False
     try:
-        for texts in pieces:
+        first = []
+        if length:
+            with compiling("sampling", partial(print, file=sys.stderr, flush=True)):
+                first.append(next(pieces))
+        print(prompt, end="", flush=True)
+        for texts in chain(first, pieces):
             # First kept, then shown: what a person has seen is in the file, whenever Ctrl-C comes.
             for sample, text in zip(grown, texts, strict=True):
                 sample.append(text)

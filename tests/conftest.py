@@ -39,8 +39,10 @@ def pytest_configure(config):
     if worker is None:
         cache = tempfile.TemporaryDirectory()
         config.add_cleanup(cache.cleanup)
-        os.environ["GPT_JAX_TEST_CACHE"] = cache.name
-    jax.config.update("jax_compilation_cache_dir", os.environ["GPT_JAX_TEST_CACHE"])
+        # For this process, its workers, and every program that they start.
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     if (worker or not config.getoption("numprocesses", None)) and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))

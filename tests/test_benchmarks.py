@@ -190,7 +190,8 @@ def test_a_gpu_step_whose_time_is_over_leaves_what_it_has(tmp_path):
 def test_training_time_is_that_of_the_steps_alone(tmp_path):
     log = tmp_path / "log"
     log.write_text(
-        "device  1 x cpu (cpu)\nmodel   15,488 parameters: 1 layers\ncompile ... 12.5 s\nstep 2: ...\n"
+        "device  1 x cpu (cpu)\nmodel   15,488 parameters: 1 layers\n"
+        "compile training steps ... 12.5 s\nstep 2: ...\n"
     )
     (tmp_path / "config.json").write_text(
         json.dumps({"train": {"batch_size": 4, "steps": 9}, "model": {"context": 25}})

@@ -50,12 +50,8 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def cache():
-    """What lets a process read its programs from a folder instead of compiling them for ten seconds."""
-    return {
-        "JAX_COMPILATION_CACHE_DIR": os.environ["GPT_JAX_TEST_CACHE"],
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }
+    """What lets a process read all its programs from the tests' cache instead of compiling them."""
+    return {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
 @pytest.fixture(scope="session")

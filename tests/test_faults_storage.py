@@ -144,7 +144,10 @@ def test_what_the_saving_thread_raises_ends_training(tiny_config, tmp_path, monk
 def trained(tmp_path_factory):
     """A small run with two checkpoints, made once; tests take copies of it."""
     base = tmp_path_factory.mktemp("trained")
-    cache = {"JAX_COMPILATION_CACHE_DIR": os.environ["GPT_JAX_TEST_CACHE"], "TF_CPP_MIN_LOG_LEVEL": "3"}
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"],
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
     training = Training(base / "run", write_text(base / "text.txt"), {"train.steps": 20}, cache)
     assert training.wait() == 0, training.output
     assert Checkpoints(base / "run" / "checkpoints").steps() == [10, 20]

@@ -7,10 +7,10 @@ import pytest
 from gpt_jax.config import REPOSITORY
 
 ORDER = [
-    "output", "errors", "config", "tokenizer", "corpus", "batches", "model", "loss", "optimizer", "sharding",
-    "train_state", "train_step", "backend", "integrity", "lock", "metrics", "checkpoint", "metadata",
-    "exported", "sampling", "sampler", "run", "signals", "report", "resume", "trainer", "evaluate", "export",
-    "write_samples",
+    "output", "errors", "config", "backend", "tokenizer", "corpus", "batches", "model", "loss", "optimizer",
+    "sharding", "train_state", "train_step", "integrity", "compilation", "lock", "metrics", "checkpoint",
+    "metadata", "exported", "sampling", "sampler", "run", "signals", "report", "resume", "trainer",
+    "evaluate", "export", "write_samples",
 ]  # fmt: skip
 PACKAGE = REPOSITORY / "gpt_jax"
 

@@ -48,7 +48,7 @@ def run_steps(config: Config, calls=(4,)):
     tokens = jax.device_put(corpus.train, replicated(mesh))
     losses = []
     for n in calls:
-        state, metrics = train_steps(state, tokens, n)
+        state, metrics = train_steps(state, tokens, np.uint32(config.seed), n)
         losses += metrics["loss"][:n].tolist()
     val = make_loss_of_tokens(model, 8, batch_sharding(mesh))(state.eval_params, corpus.val)
     return losses, val, state
@@ -128,7 +128,7 @@ def test_the_moving_average_follows_its_definition(tiny_config):
     train_steps = make_train_steps(config, model, optimizer, mesh, state, 10)
     average = np.asarray(state.params["final_norm"]["scale"])
     for decay in (1 / 10, 2 / 11, 0.25, 0.25):
-        state, _ = train_steps(state, corpus.train, 1)
+        state, _ = train_steps(state, corpus.train, np.uint32(config.seed), 1)
         average = decay * average + (1 - decay) * np.asarray(state.params["final_norm"]["scale"])
     np.testing.assert_allclose(state.ema_params["final_norm"]["scale"], average, rtol=1e-5)
     assert not np.allclose(average, state.params["final_norm"]["scale"])
