@@ -35,8 +35,7 @@ def main() -> int:
     if flags.FLAGS.deterministic:
         make_deterministic()
     use_compilation_cache()
-    workdir = Path(flags.FLAGS.workdir or ARTIFACTS / config_file.stem).expanduser()
-    return train(config, workdir, STARTED)
+    return train(config, Path(flags.FLAGS.workdir or ARTIFACTS / config_file.stem).expanduser(), STARTED)
 
 
 def parse(argv: list[str]) -> tuple[Path, Config]:
@@ -50,10 +49,9 @@ def parse(argv: list[str]) -> tuple[Path, Config]:
         if "No such file" in text:
             what = "no config file there: try --config configs/shakespeare_cpu.py; "
         raise UserError(what + " ".join(re.sub(r"[\\']", "", text).split())) from None
-    if rest:
-        raise UserError(f"unexpected argument {rest[0]!r}: flags begin with --")
-    if values is None:
-        raise UserError("--config is missing: try --config configs/shakespeare_cpu.py")
+    if rest or values is None:
+        unexpected = f"unexpected argument {rest[0]!r}: flags begin with --" if rest else ""
+        raise UserError(unexpected or "--config is missing: try --config configs/shakespeare_cpu.py")
     return Path(config_flags.get_config_filename(flags.FLAGS["config"])), Config.from_dict(values)
 
 

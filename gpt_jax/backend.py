@@ -26,7 +26,7 @@ def auto_dtype(platform: str, compute_capability: str = "") -> Dtype:
 
 def resolve_dtype(dtype: Dtype | Literal["auto"]) -> Dtype:
     """A setting `model.dtype` without "auto": that becomes what suits the first device here."""
-    return auto_dtype(*_device()) if dtype == "auto" else dtype
+    return auto_dtype(*first_device()) if dtype == "auto" else dtype
 
 
 def describe_dtype(dtype: str, platform: str, compute_capability: str = "") -> str:
@@ -38,13 +38,8 @@ def describe_dtype(dtype: str, platform: str, compute_capability: str = "") -> s
     return dtype
 
 
-def _major(compute_capability: str) -> int:
-    """7 of "7.5"; a large number for what is no NVIDIA GPU."""
-    major = compute_capability.split(".")[0]
-    return int(major) if major.isdecimal() else 999
-
-
-def _device() -> tuple[str, str]:
+def first_device() -> tuple[str, str]:
+    """Platform and compute capability of the first device here, "" for what is no NVIDIA GPU."""
     device = jax.devices()[0]
     return device.platform, str(getattr(device, "compute_capability", ""))
 
@@ -94,6 +89,7 @@ def describe_devices() -> str:
     return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
 
 
-def describe_dtype_here(dtype: str) -> str:
-    """`describe_dtype` for the first device here."""
-    return describe_dtype(dtype, *_device())
+def _major(compute_capability: str) -> int:
+    """7 of "7.5"; a large number for what is no NVIDIA GPU."""
+    major = compute_capability.split(".")[0]
+    return int(major) if major.isdecimal() else 999

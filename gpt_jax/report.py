@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt_jax.backend import describe_devices, describe_dtype_here
+from gpt_jax.backend import describe_devices, describe_dtype, first_device
 from gpt_jax.config import ARTIFACTS, REPOSITORY, Config
 from gpt_jax.corpus import Corpus
 from gpt_jax.metrics import Record, best_record, show_time
@@ -25,7 +25,8 @@ def describe_run(
     mesh = " x ".join(f"{size} {axis}" for axis, size in mesh_shape.items())
     return "\n".join(
         [
-            f"device  {describe_devices()}, mesh {mesh}, {describe_dtype_here(dtype)}, jax {jax.__version__}",
+            f"device  {describe_devices()}, mesh {mesh}, {describe_dtype(dtype, *first_device())}, "
+            f"jax {jax.__version__}",
             f"model   {n_params:,} parameters: {model.n_layer} layers, {model.n_head} heads, "
             f"width {model.d_model}, context {model.context}",
             f"data    {_short(config.data.file)}: {len(corpus.train):,} characters train, "

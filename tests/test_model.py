@@ -229,3 +229,27 @@ def test_bfloat16_stays_near_float32():
     rough, _ = apply(GPT(dataclasses.replace(config, dtype="bfloat16"), VOCAB), params, tokens)
     assert rough.dtype == jnp.float32
     assert 0 < float(jnp.abs(rough - exact).max()) < 0.1 * float(jnp.abs(exact).max())
+
+
+@pytest.mark.parametrize("options", [{}, {"tied_embedding": False}], ids=["tied", "untied"])
+def test_logits_are_not_rounded_to_bfloat16(options):
+    """The head multiplies bfloat16 numbers, and their float32 sums are the logits."""
+    config = small_model(dtype="bfloat16", **options)
+    logits, _ = apply(GPT(config, VOCAB), make_params(config), random_tokens(2, 8))
+    rounded = logits.astype(jnp.bfloat16).astype(jnp.float32)
+    assert (logits != rounded).mean() > 0.9
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_float32_is_float32_on_matrix_units_too(name):
+    """Every matrix product, forward and backward, asks for full precision of a TPU's or GPU's units."""
+    config = small_model(dtype="float32", **MODELS[name])
+    model, params = GPT(config, VOCAB), make_params(config)
+
+    def loss(params, tokens):
+        return model.apply({"params": params}, tokens)[0].sum()
+
+    program = jax.jit(jax.grad(loss)).lower(params, random_tokens(2, 8)).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert len(products) > 10
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products), products

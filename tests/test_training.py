@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import MODERN
 
-from gpt_jax import trainer
+from gpt_jax import backend, report, trainer
 from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.config import Config
 from gpt_jax.corpus import load_corpus
@@ -159,6 +159,14 @@ def saved_state(config, workdir, step=None):
     return items | {"losses": metadata["recent_losses"], "step": step}
 
 
+def metadata_of(workdir):
+    """What the newest checkpoint says beside its arrays."""
+    checkpoints = Checkpoints(checkpoint_folder(workdir))
+    metadata = checkpoints.metadata(checkpoints.steps()[-1])
+    checkpoints.close()
+    return metadata
+
+
 def files_of(workdir):
     """All that a run consists of, to see whether it was touched."""
     return {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.name != "lock"}
@@ -226,6 +234,38 @@ def test_a_run_keeps_its_number_of_micro_batches(tiny_config, tmp_path, monkeypa
     train_and_stop(config, tmp_path / "run", 2, monkeypatch)
     assert trainer.train(tiny_config(train={"steps": 4}), tmp_path / "run") == 0
     assert load(tmp_path / "run", "last").config.train.accumulate == 4
+
+
+def test_a_run_keeps_its_precision(tiny_config, tmp_path, monkeypatch, capsys):
+    """Begun on a CPU and resumed where a new run would compute in bfloat16, it goes on in float32."""
+    config, whole, moved = tiny_config(), tmp_path / "whole", tmp_path / "moved"
+    assert trainer.train(config, whole) == 0
+    assert metadata_of(whole)["compute_dtype"] == "float32"
+    train_and_stop(config, moved, 12, monkeypatch)
+    for module in (backend, report):
+        monkeypatch.setattr(module, "first_device", lambda: ("gpu", "9.0"))
+    capsys.readouterr()
+    assert trainer.train(config, moved) == 0
+    said = capsys.readouterr().out
+    assert ", float32 (matrix products too: " in said.splitlines()[0]
+    assert "dtype   the run goes on in float32, as it began; a new one would compute in bfloat16" in said
+    assert_same_bits(saved_state(config, moved), saved_state(config, whole))
+    assert metadata_of(moved)["compute_dtype"] == "float32"
+    # The settings still say "auto": whatever samples takes what suits its own device.
+    assert load(moved).model.config.dtype == "auto"
+
+
+def test_another_precision_is_taken_where_the_settings_ask_for_it(tiny_config, tmp_path, capsys):
+    assert trainer.train(tiny_config(), tmp_path) == 0
+    config = tiny_config(model={"dtype": "bfloat16"}, train={"steps": 24})
+    assert trainer.train(config, tmp_path) == 0
+    said = capsys.readouterr().out
+    assert (
+        "dtype   the run goes on in bfloat16, as model.dtype says; until now it computed in float32" in said
+    )
+    assert metadata_of(tmp_path)["compute_dtype"] == "bfloat16"
+    assert trainer.train(tiny_config(train={"steps": 28}), tmp_path) == 0
+    assert "dtype   the run goes on in bfloat16, as it began" in capsys.readouterr().out
 
 
 def test_the_best_checkpoint_outlives_worse_ones(tiny_config, text_file, tmp_path):

@@ -1,0 +1,195 @@
+"""The cache of compiled programs: used by default, safe when damaged, silent when it cannot be used."""
+
+import errno
+import re
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+
+import numpy as np
+from disturb import Training, differences, result_of, write_text
+from test_commands import environment
+
+from gpt_jax import compilation
+from gpt_jax.config import REPOSITORY
+from gpt_jax.corpus import load_corpus
+from gpt_jax.model import GPT
+from gpt_jax.optimizer import make_optimizer
+from gpt_jax.sharding import make_mesh
+from gpt_jax.train_state import abstract_state
+from gpt_jax.train_step import make_train_steps
+
+MODEL = REPOSITORY / "tests" / "data" / "export_v1"
+CPUINFO = """processor\t: 0
+vendor_id\t: AuthenticAMD
+model name\t: AMD EPYC
+cpu MHz\t\t: 2445.404
+flags\t\t: fpu sse4_2 avx2
+bogomips\t: 4890.80
+
+processor\t: 1
+flags\t\t: fpu sse4_2 avx2
+"""
+
+
+def user_environment(cache_home, **more):
+    """As a user has it: without the cache that the tests share."""
+    names = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    kept = {key: value for key, value in environment().items() if key not in names}
+    return kept | {"XDG_CACHE_HOME": str(cache_home)} | more
+
+
+def sample(tmp_path, **more):
+    """Run sample.py; the text and what it says on stderr."""
+    out = tmp_path / "output.txt"
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "sample.py", "--workdir", MODEL, "--length=40", "--out", out],
+        env=user_environment(tmp_path / "cache", **more), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return out.read_text(encoding="utf-8"), done.stderr
+
+
+def was_read(stderr):
+    """Whether the programs were read from the cache."""
+    found = re.search(r"^compile sampling \.\.\. [\d.]+ s( \(read from the cache\))?$", stderr, re.MULTILINE)
+    assert found, stderr
+    return found[1] is not None
+
+
+def programs(tmp_path):
+    return sorted((tmp_path / "cache" / "gpt_jax").glob("*/*-cache"))
+
+
+def test_the_second_sample_reads_its_programs_and_damage_is_mended(tmp_path):
+    text, stderr = sample(tmp_path)
+    assert not was_read(stderr)
+    again, stderr = sample(tmp_path)
+    assert again == text and was_read(stderr)
+    names = [path.name.split("-")[0] for path in programs(tmp_path)]
+    assert {"jit_decode", "jit_prefill"} <= set(names)
+    for path in programs(tmp_path):  # one bit each: zstd decompresses most such files to something else
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    again, stderr = sample(tmp_path)
+    assert again == text and not was_read(stderr)
+    assert "warning" not in stderr.lower() and "Traceback" not in stderr
+    again, stderr = sample(tmp_path)
+    assert again == text and was_read(stderr)
+
+
+def test_the_cache_can_be_turned_off(tmp_path):
+    _, stderr = sample(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false")
+    assert not was_read(stderr) and not (tmp_path / "cache").exists()
+
+
+def test_another_folder_is_left_to_jax(tmp_path):
+    """Named by JAX's own variable, it holds JAX's files and none of ours."""
+    folder = tmp_path / "jax"
+    sample(tmp_path, JAX_COMPILATION_CACHE_DIR=str(folder), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+    assert list(folder.glob("*-cache")) and not list(folder.glob("*.sha256"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "cache").write_text("a file", encoding="utf-8")
+    _, stderr = sample(tmp_path)
+    assert re.search(
+        r"^note: compiled programs are not kept: .* cannot be used \(Not a directory\)$", stderr, re.MULTILINE
+    )
+    assert not was_read(stderr) and "warning" not in stderr.lower()
+
+
+def test_a_full_disk_costs_the_cache_and_nothing_else(tmp_path, faults_library):
+    """The first program cannot be written whole; what is left of it is never read as one."""
+    fault = {
+        "LD_PRELOAD": str(faults_library), "FAULT_ROOT": str(tmp_path / "cache"),
+        "FAULT_DO": str(errno.ENOSPC), "FAULT_LOG": str(tmp_path / "log"),
+    }  # fmt: skip
+    text, _ = sample(tmp_path, **fault)
+    log = (tmp_path / "log").read_text(encoding="utf-8").splitlines()
+    write = next(n for n, line in enumerate(log, 1) if line.startswith("write") and "-cache" in line)
+    for path in programs(tmp_path):
+        path.unlink()
+    again, stderr = sample(tmp_path, FAULT_AT=str(write), **fault)
+    assert again == text and not was_read(stderr)
+    assert "warning" not in stderr.lower() and "Traceback" not in stderr
+    assert sample(tmp_path)[0] == text
+    assert was_read(sample(tmp_path)[1])
+
+
+def test_training_comes_to_the_same_bits_with_and_without_the_cache(tmp_path):
+    text = write_text(tmp_path / "text.txt")
+    names = ("off", "cold", "warm")
+    for name in names:
+        off = {"JAX_ENABLE_COMPILATION_CACHE": "false"} if name == "off" else {}
+        training = Training(
+            tmp_path / name, text, {"train.steps": 20}, user_environment(tmp_path / "cache", **off),
+        )  # fmt: skip
+        assert training.wait() == 0, training.output
+        read = re.search(r"^compile training steps \.\.\. [\d.]+ s \(read", training.output, re.MULTILINE)
+        assert bool(read) == (name == "warm"), training.output
+        for what in ("evaluation", "sampling"):
+            assert len(re.findall(rf"^compile {what} \.\.\. [\d.]+ s", training.output, re.MULTILINE)) == 1
+    assert differences(result_of(tmp_path / "cold"), result_of(tmp_path / "off")) == []
+    assert differences(result_of(tmp_path / "warm"), result_of(tmp_path / "off")) == []
+
+
+def test_one_program_serves_every_seed(tiny_config):
+    """The seed is an argument, not a constant: another seed finds the program in the cache."""
+
+    def program(seed):
+        config = replace(tiny_config(model={"dropout": 0.1}), seed=seed)
+        corpus = load_corpus(config.data.file, config.model.context, config.data.train_fraction)
+        mesh = make_mesh(config.mesh)
+        model = GPT(config.model, corpus.tokenizer.vocab_size)
+        optimizer = make_optimizer(config.optimizer, config.train.steps)
+        state = abstract_state(model, optimizer, False, mesh)
+        steps = make_train_steps(config, model, optimizer, mesh, state, 10)
+        return steps.lower(state, corpus.train, np.uint32(seed), np.int32(1)).as_text()
+
+    assert program(1337) == program(2**32 - 1)
+
+
+def test_the_folder_is_that_of_the_kind_of_cpu():
+    key = compilation.machine_key(CPUINFO, 2)
+    assert re.fullmatch("[0-9a-f]{16}", key)
+    assert key == compilation.machine_key(CPUINFO.replace("2445.404", "3000.000").replace("4890", "9"), 2)
+    others = [
+        compilation.machine_key(CPUINFO, 1),
+        compilation.machine_key(CPUINFO.replace("avx2", "avx2 avx512f"), 2),
+        compilation.machine_key(CPUINFO.replace("AMD EPYC", "AMD EPYC 9354"), 2),
+        compilation.machine_key("arm64 Apple M3", 2),
+        compilation.machine_key("arm64 Apple M4", 2),
+    ]
+    assert len({key, *others}) == 6
+
+
+def test_only_whole_programs_with_their_checksum_stay(tmp_path):
+    for name in ("whole", "changed", "torn"):
+        (tmp_path / f"{name}-cache").write_bytes(name.encode())
+        if name != "torn":
+            compilation.add_checksums(tmp_path)
+    (tmp_path / "changed-cache").write_bytes(b"Changed")
+    (tmp_path / "gone-cache.sha256").write_bytes(b"0")  # JAX has deleted the program to make room
+    (tmp_path / ".lockfile").touch()
+    compilation.delete_damaged(tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"whole-cache", "whole-cache.sha256", ".lockfile"}
+    compilation.delete_damaged(tmp_path)
+    assert (tmp_path / "whole-cache").read_bytes() == b"whole"
+
+
+def test_other_warnings_are_shown(monkeypatch):
+    shown = []
+    monkeypatch.setattr(compilation, "_events", compilation.Counter())
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_, **__: shown.append(str(message))
+        compilation._count_problems()
+        warnings.warn("Error reading persistent compilation cache entry for 'x'", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert shown == ["something else"]
+    assert compilation._events[compilation.PROBLEM] == 1
