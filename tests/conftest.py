@@ -10,6 +10,7 @@ import signal
 import subprocess
 import tempfile
 from functools import partial
+from hashlib import sha256
 
 # Most of the time goes into compiling small programs: XLA need not try hard here. The tests that run
 # train.py and sample.py as processes have XLA as users have it.
@@ -26,6 +27,24 @@ from gpt_jax.model import GPT
 from gpt_jax.train_state import init_params
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_addoption(parser):
+    """`--draw SEED:FROM:TO`: of the tests that are selected, shuffled by SEED, those from FROM on before TO."""
+    parser.addoption(
+        "--draw", metavar="SEED:FROM:TO", help="run a part of the selected tests, shuffled by SEED"
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after -m has made its selection
+def pytest_collection_modifyitems(config, items):
+    """Draw some of the tests; those drawn keep their order, so that they share their fixtures."""
+    if draw := config.getoption("draw"):
+        seed, first, last = draw.split(":")
+        shuffled = sorted(items, key=lambda item: sha256(f"{seed} {item.nodeid}".encode()).digest())
+        drawn = set(shuffled[int(first) : int(last)])
+        config.hook.pytest_deselected(items=[item for item in items if item not in drawn])
+        items[:] = [item for item in items if item in drawn]
 
 
 def pytest_configure(config):
