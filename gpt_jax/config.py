@@ -49,7 +49,8 @@ class ModelConfig:
     query_blocks: int = 1  # attention in so many blocks of queries, each without the keys after it
     remat: bool = False  # recompute a block's activations in the backward pass: less memory, more time
     unroll: bool = True  # unroll the scan over layers: faster steps, longer compilation
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: float32 on CPU
+    # Of the computation; auto: bfloat16 on TPUs and on GPUs that have units for it, float32 elsewhere.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     @property
     def d_head(self) -> int:

@@ -30,7 +30,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_addoption(parser):
-    """`--draw SEED:FROM:TO`: of the tests that are selected, shuffled by SEED, those from FROM on before TO."""
+    """`--draw SEED:FROM:TO`: shuffle the selected tests by SEED and run those from FROM up to TO."""
     parser.addoption(
         "--draw", metavar="SEED:FROM:TO", help="run a part of the selected tests, shuffled by SEED"
     )
