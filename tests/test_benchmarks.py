@@ -118,6 +118,21 @@ def test_what_cannot_be_timed_is_one_line(arguments, status, message):
     assert message in done.stderr.splitlines()[-1]
 
 
+def test_waiting_measures_cold_and_warm(tmp_path):
+    file = tmp_path / "waiting.json"
+    model = REPOSITORY / "tests" / "data" / "export_v1"
+    command = (BENCHMARKS / "waiting.py", f"--config={SMOKE}", f"--workdir={model}", "--repeats=1")
+    done = run(sys.executable, *command, f"--json={file}")
+    assert done.returncode == 0, done.stderr
+    seconds = json.loads(file.read_text())["seconds"]
+    names = [f"{what}, {state}" for what in ("first character", "first step") for state in ("cold", "warm")]
+    assert sorted(seconds) == names
+    assert all(len(values) == 1 and values[0] > 0 for values in seconds.values())
+    assert len(re.findall(r"^median of 1: first (?:character|step), (?:cold|warm)", done.stdout, re.M)) == 4
+    done = run(sys.executable, BENCHMARKS / "waiting.py", f"--workdir={tmp_path}", "--repeats=1")
+    assert done.returncode == 1 and "no trained run in" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_nanogpt_lines():
     assert nanogpt_evaluations("step 250: train loss 1.9000, val loss 2.0312\n") == [
         {"step": 250, "loss": 2.0312}
