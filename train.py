@@ -8,7 +8,6 @@ import time
 
 STARTED = time.monotonic()  # the seconds of a run count from here, imports included
 
-import re  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -48,10 +47,11 @@ def parse(argv: list[str]) -> tuple[Path, Config]:
         text = str(error.args[0] if error.args else repr(error)).replace(r"\n", " ")
         if "No such file" in text:
             what = "no config file there: try --config configs/shakespeare_cpu.py; "
-        raise UserError(what + " ".join(re.sub(r"[\\']", "", text).split())) from None
-    if rest or values is None:
-        unexpected = f"unexpected argument {rest[0]!r}: flags begin with --" if rest else ""
-        raise UserError(unexpected or "--config is missing: try --config configs/shakespeare_cpu.py")
+        raise UserError(what + " ".join(text.replace("\\", "").replace("'", "").split())) from None
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}: flags begin with --")
+    if values is None:
+        raise UserError("--config is missing: try --config configs/shakespeare_cpu.py")
     return Path(config_flags.get_config_filename(flags.FLAGS["config"])), Config.from_dict(values)
 
 

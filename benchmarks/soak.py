@@ -39,9 +39,7 @@ def disturbed_run(
     problems = []
     for _ in range(chance.randrange(1, 6)):  # processes before the one that is left in peace
         cached = chance.random() < 0.8
-        training = Training(
-            workdir, text, environment=cache if cached else {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-        )
+        training = Training(workdir, text, environment=cache if cached else UNCACHED)
         # Most of a process is imports and compilation: three quarters of the faults come after those begin.
         if chance.random() < 0.75:
             training.wait_for("compile")

@@ -1,4 +1,4 @@
-"""What JAX runs on here, and whether it computes rightly."""
+"""What JAX runs on here: which precision suits it, and whether it computes correctly."""
 
 import os
 from typing import Literal
@@ -9,7 +9,7 @@ import numpy as np
 
 from gpt_jax.errors import UserError
 
-Dtype = Literal["float32", "bfloat16"]  # that activations are computed in
+Dtype = Literal["float32", "bfloat16"]  # of the activations
 
 
 def auto_dtype(platform: str, compute_capability: str = "") -> Dtype:
@@ -34,7 +34,7 @@ def describe_dtype(dtype: str, platform: str, compute_capability: str = "") -> s
     if dtype == "float32" and _major(compute_capability) < 8:
         return "float32 (a GPU below compute capability 8.0 has no bfloat16 units)"
     if dtype == "float32" and platform != "cpu":
-        return "float32 (matrix products too: no TensorFloat-32, no bfloat16 passes)"
+        return "float32 (the model's matrix products in full float32)"
     return dtype
 
 

@@ -1,10 +1,11 @@
 """Compiled programs: kept on disk from run to run, and announced while a person waits for them.
 
 JAX's persistent compilation cache does the work. Added here: a folder for each kind of CPU and number of
-threads, since a program compiled for another machine may compute other bits or not run at all; a checksum for
-each file, since JAX does not notice every damage; and silence about a folder that cannot be used.
+threads, since a program compiled for another machine may compute other bits or not run at all; and a checksum
+for each file, since JAX does not notice all damage. A folder that cannot be used is skipped with a note.
 """
 
+import atexit
 import hashlib
 import os
 import platform
@@ -14,19 +15,20 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+from filelock import FileLock
 from platformdirs import user_cache_path
 
 from gpt_jax.integrity import checksum
 
-MOST_BYTES = 2**29  # of programs in one folder; JAX deletes those that were not used for the longest time
+MOST_BYTES = 2**29  # per folder; JAX evicts the programs that were least recently used
 LEAST_SECONDS = 0.1  # what compiles faster than this is not worth a file
-CHECKSUM = ".sha256"
+PROGRAM, USED, CHECKSUM = "-cache", "-atime", ".sha256"  # endings of file names; the first two are JAX's
 PROBLEM = "Error (reading|writing) persistent compilation cache"  # how JAX's warnings begin
 HIT, MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
 
@@ -55,25 +57,22 @@ def use_compilation_cache() -> None:
     folder = user_cache_path("gpt_jax") / machine_key(_read_cpuinfo(), _n_threads())
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # programs from there are run
-        (folder / "probe").touch()
-        (folder / "probe").unlink(missing_ok=True)
         delete_damaged(folder)
     except OSError as error:
-        print(
-            f"note: compiled programs are not kept: {folder} cannot be used ({error.strerror})",
-            file=sys.stderr,
-        )
+        reason = f"{folder} cannot be used ({error.strerror or error})"
+        print(f"note: no compilation cache: {reason}", file=sys.stderr)
         return
     _folder = folder
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
     _count_problems()
+    atexit.register(_settle)  # for what is compiled outside `compiling`
 
 
 @contextmanager
 def compiling(what: str, write: Any = print_at_once) -> Iterator[None]:
-    """Say that `what` is being compiled, then how long it took and whether it was read from the cache.
+    """Say that `what` is being compiled, then how long that took and whether it was read from the cache.
 
     Around the first call of a jitted function, the time includes that call.
 
@@ -83,15 +82,20 @@ def compiling(what: str, write: Any = print_at_once) -> Iterator[None]:
     """
     before, begun = _events.copy(), time.monotonic()
     write(f"compile {what} ...", end="")
-    yield
-    events = _events - before
-    read = events[HIT] and not events[MISS]
-    write(f" {time.monotonic() - begun:.1f} s{' (read from the cache)' if read else ''}")
-    if _folder is not None:
-        if _events.pop(PROBLEM, 0):
-            delete_all(_folder)  # a full disk gets its room back, and the next run starts with an empty cache
-        else:
-            add_checksums(_folder)
+    outcome = ""  # an exception only ends the line
+    try:
+        yield
+        events = _events - before
+        read = events[HIT] and not events[MISS]
+        outcome = f" {time.monotonic() - begun:.1f} s{' (read from the cache)' if read else ''}"
+    finally:
+        write(outcome)
+        _settle()
+
+
+def compiling_on_stderr(what: str) -> AbstractContextManager[None]:
+    """`compiling` for programs whose stdout is for their result."""
+    return compiling(what, partial(print, file=sys.stderr, flush=True))
 
 
 def machine_key(cpuinfo: str, n_threads: int) -> str:
@@ -107,10 +111,14 @@ def machine_key(cpuinfo: str, n_threads: int) -> str:
 
 
 def add_checksums(folder: Path) -> None:
-    """Give each new program a checksum."""
-    for program in folder.glob("*-cache"):
-        file = _checksum_file(program)
-        with suppress(OSError):  # without a checksum the program is deleted at the next start
+    """Give each new program a checksum.
+
+    Raises:
+        OSError: it cannot be written, or another process does not unlock the folder.
+    """
+    with _locked(folder):
+        for program in folder.glob("*" + PROGRAM):
+            file = program.with_name(program.name + CHECKSUM)
             if not file.exists():
                 file.write_text(checksum(program), encoding="utf-8")
 
@@ -119,28 +127,47 @@ def delete_damaged(folder: Path) -> None:
     """Delete each program whose checksum is wrong or missing, as after a kill or on a full disk.
 
     Raises:
-        OSError: it cannot be read or deleted.
+        OSError: it cannot be read or deleted, or another process does not unlock the folder.
     """
-    for program in folder.glob("*-cache"):
-        with suppress(FileNotFoundError):  # another process may delete it first
-            file = _checksum_file(program)
-            if not file.exists() or file.read_bytes() != checksum(program).encode():
-                program.unlink()
-                file.unlink()
-    for file in folder.glob("*" + CHECKSUM):
-        if not file.with_name(file.name.removesuffix(CHECKSUM)).exists():
-            file.unlink(missing_ok=True)
+    with _locked(folder):
+        whole = set()
+        for file in folder.glob("*" + CHECKSUM):
+            program = file.with_name(file.name.removesuffix(CHECKSUM))
+            if program.exists() and file.read_bytes() == checksum(program).encode():
+                whole.add(program.name.removesuffix(PROGRAM))
+        _delete(folder, keep=whole)
 
 
 def delete_all(folder: Path) -> None:
-    """Empty the cache, as far as that is possible."""
-    for file in folder.glob("*"):
-        with suppress(OSError):
-            file.unlink()
+    """Empty the cache.
+
+    Raises:
+        OSError: something cannot be deleted, or another process does not unlock the folder.
+    """
+    with _locked(folder):
+        _delete(folder, keep=set())
 
 
-def _checksum_file(program: Path) -> Path:
-    return program.with_name(program.name + CHECKSUM)
+def _settle() -> None:
+    """After compiling: add checksums, or empty the cache where JAX had a problem with it.
+
+    That gives a full disk its room back, and the next run begins with an empty cache.
+    """
+    if _folder is not None:
+        with suppress(OSError):  # a program without a checksum is deleted at the next start
+            (delete_all if _events.pop(PROBLEM, 0) else add_checksums)(_folder)
+
+
+def _delete(folder: Path, keep: set[str]) -> None:
+    for ending in (PROGRAM, USED, PROGRAM + CHECKSUM):
+        for file in folder.glob("*" + ending):
+            if file.name.removesuffix(ending) not in keep:
+                file.unlink()
+
+
+def _locked(folder: Path) -> Any:
+    """JAX's own lock, which it holds while it reads, writes or evicts."""
+    return FileLock(folder / ".lockfile", timeout=10)
 
 
 def _count_problems() -> None:
@@ -160,12 +187,13 @@ def _count_problems() -> None:
 def _read_cpuinfo() -> str:
     try:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
+    except OSError:  # another system: its programs are for this machine alone
+        return f"{platform.machine()} {platform.processor()} {platform.node()}"
 
 
 def _n_threads() -> int:
     """As JAX's CPU client counts them."""
-    if threads := os.environ.get("PJRT_NPROC"):
+    threads = os.environ.get("PJRT_NPROC", "")
+    if threads.isdecimal():
         return int(threads)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -3,10 +3,9 @@
 import argparse
 import math
 import sys
-from functools import partial
 from pathlib import Path
 
-from gpt_jax.compilation import compiling, use_compilation_cache
+from gpt_jax.compilation import compiling_on_stderr, use_compilation_cache
 from gpt_jax.corpus import Corpus, load_corpus, read_text
 from gpt_jax.errors import UserError, run_main
 from gpt_jax.run import Run, load, newest_run
@@ -26,7 +25,7 @@ def evaluate(run: Run, text_file: Path | None = None) -> tuple[float, int]:
     else:
         corpus = corpus_of(run)
         text = corpus.tokenizer.decode(corpus.val)
-    return run.loss(text), len(text) - 1
+    return run.loss(text, compiling_on_stderr), len(text) - 1
 
 
 def corpus_of(run: Run) -> Corpus:
@@ -57,8 +56,7 @@ def main() -> int:
     use_compilation_cache()
     workdir = flags.workdir or newest_run()
     run = load(workdir, flags.which)
-    with compiling("evaluation", partial(print, file=sys.stderr, flush=True)):
-        loss, n_characters = evaluate(run, flags.text)
+    loss, n_characters = evaluate(run, flags.text)
     print(f"run        {workdir}, {run.source}, step {run.step:,}")
     print(f"text       {flags.text or 'validation split'}, {n_characters:,} characters predicted")
     print(f"loss       {loss:.4f} nats per character")

@@ -11,14 +11,13 @@ import shlex
 import sys
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt_jax.compilation import compiling, use_compilation_cache
+from gpt_jax.compilation import compiling_on_stderr, use_compilation_cache
 from gpt_jax.config import REPOSITORY, Config, flatten
 from gpt_jax.corpus import Corpus
 from gpt_jax.errors import UserError, run_main
@@ -48,7 +47,7 @@ def export(run: Run, out: Path, dtype: str = "float32") -> Run:
     corpus = corpus_of(run)
     stored = as_stored(run.params, dtype)
     run = replace(run, params=jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), stored))
-    loss = run.loss(corpus.tokenizer.decode(corpus.val))
+    loss = run.loss(corpus.tokenizer.decode(corpus.val), compiling_on_stderr)
     run = replace(run, metadata=replace(run.metadata, val_loss=loss))
     write_exported(out, run.metadata, stored, model_card(run, corpus, _name(out), dtype))
     return run
@@ -185,8 +184,7 @@ def main() -> int:
     use_compilation_cache()
     workdir, out = flags.workdir or newest_run(), flags.out.expanduser()
     run = load(workdir, flags.which)
-    with compiling("evaluation", partial(print, file=sys.stderr, flush=True)):
-        exported = export(run, out, flags.dtype)
+    exported = export(run, out, flags.dtype)
     before = run.metadata.val_loss
     print(f"run        {workdir}, {run.source}, step {run.step:,}")
     print(f"written    {out}/: {', '.join(FILES)}")

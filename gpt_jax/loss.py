@@ -1,6 +1,8 @@
 """The loss: of one batch, to train on, and of a whole text, the number that is reported."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,13 @@ import numpy as np
 from gpt_jax.batches import eval_windows
 from gpt_jax.model import GPT, Params
 
-LossOfTokens = Callable[[Params, np.ndarray], float]
+LossOfTokens = Callable[..., float]
+Announce = Callable[[str], AbstractContextManager[None]]  # given a name, what to compile a program within
+
+
+def in_silence(_what: str) -> AbstractContextManager[None]:
+    """An `Announce` that says nothing."""
+    return nullcontext()
 
 
 def token_losses(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
@@ -37,10 +45,11 @@ def batch_loss(
 def make_loss_of_tokens(
     model: GPT, batch_size: int, batch_sharding: jax.sharding.Sharding | None = None
 ) -> LossOfTokens:
-    """The headline protocol: mean loss over *all* of a text, as a function (params, ids) -> float.
+    """The headline protocol: mean loss over *all* of a text, as a function (params, ids, announce) -> float.
 
     The text is cut into non-overlapping windows of the model's context, each counted once, none drawn
-    at random, so that every token but the first is predicted once. The unit is nats a token.
+    at random, so that every token but the first is predicted once. The unit is nats a token. A program is
+    compiled for each number of windows, within `announce`.
 
     Args:
         model: `GPT`, stacked or not, as the parameters are.
@@ -60,10 +69,16 @@ def make_loss_of_tokens(
 
         return jax.lax.map(one_batch, windows_nxBxT)
 
-    def loss_of_tokens(params: Params, tokens_N: np.ndarray) -> float:
+    programs: dict[int, Any] = {}
+
+    def loss_of_tokens(params: Params, tokens_N: np.ndarray, announce: Announce = in_silence) -> float:
         windows = eval_windows(tokens_N, context, batch_size)
+        n_batches = len(windows[0])
+        if n_batches not in programs:
+            with announce("evaluation"):
+                programs[n_batches] = window_losses.lower(params, *windows).compile()
         # Sums of windows are added in float64: the batch size cannot move the result.
-        total = np.asarray(window_losses(params, *windows), np.float64).sum()
+        total = np.asarray(programs[n_batches](params, *windows), np.float64).sum()
         return float(total / (len(tokens_N) - 1))
 
     return loss_of_tokens

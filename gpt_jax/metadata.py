@@ -23,8 +23,8 @@ class Metadata:
         val_loss: at this step, by the headline protocol; None for one saved between evaluations.
         recent_losses: those that the next line of metrics.jsonl is the mean of.
         versions: of the libraries.
-        compute_dtype: "float32" or "bfloat16", what the newest updates were computed in; None where an older
-            version of the code, which did not record it, wrote the checkpoint.
+        compute_dtype: "float32" or "bfloat16", what the newest updates were computed in; None in checkpoints
+            written before it was recorded.
     """
 
     config: Config

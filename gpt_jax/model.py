@@ -112,7 +112,9 @@ class GPT(nn.Module):
         Returns:
             Logits, float32 [B, T, V], and the cache with these tokens added (None without one).
         """
-        # A TPU or GPU would round float32 factors to bfloat16 or TensorFloat-32: float32 means float32 here.
+        if compute_dtype(self.config) != jnp.float32:
+            return self._logits(tokens_BxT, cache, deterministic)
+        # By default a TPU or GPU would round float32 factors to bfloat16 or TensorFloat-32.
         with jax.default_matmul_precision("float32"):
             return self._logits(tokens_BxT, cache, deterministic)
 

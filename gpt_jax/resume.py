@@ -89,15 +89,15 @@ def settle(config: Config, mesh: jax.sharding.Mesh, saved: Metadata | None = Non
     return replace(config, train=train, data=replace(config.data, path=path))
 
 
-def settle_dtype(config: Config, saved: Metadata | None = None) -> tuple[Dtype, str | None]:
-    """The type that a run computes in: the one that it began with, unless the settings name another.
+def resolve_run_dtype(config: Config, saved: Metadata | None = None) -> tuple[Dtype, str | None]:
+    """The type that a run computes in: that of its checkpoint, unless the settings name another.
 
     Args:
         config: the settings.
         saved: of the checkpoint to go on from; None for a new run.
 
     Returns:
-        "float32" or "bfloat16", and what there is to say about it.
+        "float32" or "bfloat16", and a message for the terminal or None.
     """
     here = resolve_dtype(config.model.dtype)
     if saved is None:
@@ -106,15 +106,15 @@ def settle_dtype(config: Config, saved: Metadata | None = None) -> tuple[Dtype, 
     if before is None and saved.config.model.dtype != "auto":
         before = saved.config.model.dtype
     if before is None:
-        return here, f"the checkpoint does not say what it was computed in: the run goes on in {here}"
+        return here, f"the checkpoint does not record its precision: continuing in {here}"
     if before == here:
         return here, None
     if config.model.dtype == "auto":
         return before, (
-            f"the run goes on in {before}, as it began; a new one would compute in {here} on this device, "
-            f"and --config.model.dtype={here} changes this one"
+            f"keeping {before}, the precision of the checkpoint; a new run on this device would use {here} "
+            f"(--config.model.dtype={here} switches)"
         )
-    return here, f"the run goes on in {here}, as model.dtype says; until now it computed in {before}"
+    return here, f"precision changes from {before} to {here}, as model.dtype says"
 
 
 def state_items(state: TrainState) -> dict[str, Any]:

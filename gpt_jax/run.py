@@ -16,7 +16,7 @@ from gpt_jax.config import ARTIFACTS, Config, MeshConfig
 from gpt_jax.errors import UserError
 from gpt_jax.exported import is_exported, read_exported
 from gpt_jax.integrity import DamagedError
-from gpt_jax.loss import LossOfTokens, make_loss_of_tokens
+from gpt_jax.loss import Announce, LossOfTokens, in_silence, make_loss_of_tokens
 from gpt_jax.metadata import Metadata, read_metadata
 from gpt_jax.model import GPT, Params, unstack_layers
 from gpt_jax.sampler import generate_tokens
@@ -118,15 +118,19 @@ class Run:
         tokens_1xT = self.tokenizer.encode(text)[None]
         return np.asarray(_logits(self.model, self.params, tokens_1xT)[0])
 
-    def loss(self, text: str) -> float:
+    def loss(self, text: str, announce: Announce = in_silence) -> float:
         """Nats per character of a text, by the headline protocol (`gpt_jax.loss`).
+
+        Args:
+            text: two characters or more.
+            announce: what to compile the program within, as `gpt_jax.compilation.compiling`.
 
         Raises:
             UserError: unknown characters, or fewer than two characters.
         """
         if len(text) < 2:
             raise UserError(f"text of {len(text)} character(s) must have 2 or more to have a loss")
-        return self._loss_of_tokens(self.params, self.tokenizer.encode(text))
+        return self._loss_of_tokens(self.params, self.tokenizer.encode(text), announce)
 
     @cached_property
     def _loss_of_tokens(self) -> LossOfTokens:

@@ -5,9 +5,11 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 import jax
@@ -48,7 +50,7 @@ from gpt_jax.report import (
     describe_stop,
     promise_time,
 )
-from gpt_jax.resume import restore_newest, settle, settle_dtype, state_items
+from gpt_jax.resume import resolve_run_dtype, restore_newest, settle, state_items
 from gpt_jax.run import checkpoint_folder
 from gpt_jax.sampler import generate_tokens
 from gpt_jax.sampling import make_rules
@@ -130,7 +132,7 @@ class _Trainer:
         self.val_loss: float | None = None  # of the newest evaluation
         self.step = 0
         self.skipped = 0  # updates that the optimizer left out
-        self.compiled: set[str] = set()  # what need not be announced any more
+        self.sampled = False  # the first sample text needs its programs compiled
 
     def run(self) -> int:
         """Restore or begin, train, say what came of it; the exit status."""
@@ -190,7 +192,7 @@ class _Trainer:
         self.checkpoints.prepare()
         self.config = settle(self.config, self.mesh, metadata)
         # The settings keep "auto", so that a sampler elsewhere takes what suits its device.
-        self.dtype, self.about_dtype = settle_dtype(self.config, metadata)
+        self.dtype, self.about_dtype = resolve_run_dtype(self.config, metadata)
         self.model = self.model.clone(config=replace(self.config.model, dtype=self.dtype))
         return state
 
@@ -232,8 +234,8 @@ class _Trainer:
                 self._stop_before_nan(state, metrics, n_done, record)
             evaluate_now = self.step % train.eval_every == 0 or self.step == train.steps
             if evaluate_now:
-                with self._compiling_once("evaluation"):
-                    self.val_loss = loss_of_tokens(state.eval_params, self.corpus.val)
+                announce = partial(compiling, write=self.terminal.write)
+                self.val_loss = loss_of_tokens(state.eval_params, self.corpus.val, announce)
                 if not np.isfinite(self.val_loss):
                     raise RunError(describe_bad_evaluation(self.step, self.val_loss, self.saved_step))
                 record |= {"val_loss": self.val_loss, "val_bpc": self.val_loss / float(np.log(2))}
@@ -337,18 +339,10 @@ class _Trainer:
         losses = describe_evaluation(record)
         self.terminal.write(losses)
         if self.config.train.sample_length:
-            with self._compiling_once("sampling"):
-                sample = self._sample(state)
+            sample = self._sample(state)
             self.terminal.write("\n".join("    | " + line for line in sample.strip("\n").splitlines()))
             self.samples.write(losses, sample)
         self._plot()
-
-    def _compiling_once(self, what: str) -> AbstractContextManager[None]:
-        """`compiling` around the first call of something; later calls need no words."""
-        if what in self.compiled:
-            return nullcontext()
-        self.compiled.add(what)
-        return compiling(what, self.terminal.write)
 
     def _sample(self, state: TrainState) -> str:
         pieces = generate_tokens(
@@ -359,7 +353,10 @@ class _Trainer:
             make_rules(temperature=0.8),
             stream(self.config.seed, SAMPLE_STREAM),
         )
-        return "".join(self.corpus.tokenizer.decode(piece[0]) for piece in pieces)
+        with nullcontext() if self.sampled else compiling("sampling", self.terminal.write):
+            first = [next(pieces)]
+        self.sampled = True
+        return "".join(self.corpus.tokenizer.decode(piece[0]) for piece in chain(first, pieces))
 
     def _plot(self) -> None:
         try:

@@ -3,11 +3,10 @@
 import os
 import sys
 import time
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from gpt_jax.compilation import compiling
+from gpt_jax.compilation import compiling_on_stderr
 from gpt_jax.corpus import read_text
 from gpt_jax.errors import RunError, UserError
 from gpt_jax.run import load, newest_run
@@ -66,7 +65,7 @@ def write_samples(
     try:
         first = []
         if length:
-            with compiling("sampling", partial(print, file=sys.stderr, flush=True)):
+            with compiling_on_stderr("sampling"):
                 first.append(next(pieces))
         print(prompt, end="", flush=True)
         for texts in chain(first, pieces):

@@ -36,15 +36,20 @@ def pytest_addoption(parser):
     )
 
 
+def draw(names, part):
+    """Of `names`, shuffled by a seed, a part: "SEED:FROM:TO"."""
+    seed, first, last = part.split(":")
+    shuffled = sorted(names, key=lambda name: sha256(f"{seed} {name}".encode()).digest())
+    return set(shuffled[int(first) : int(last)])
+
+
 @pytest.hookimpl(trylast=True)  # after -m has made its selection
 def pytest_collection_modifyitems(config, items):
     """Draw some of the tests; those drawn keep their order, so that they share their fixtures."""
-    if draw := config.getoption("draw"):
-        seed, first, last = draw.split(":")
-        shuffled = sorted(items, key=lambda item: sha256(f"{seed} {item.nodeid}".encode()).digest())
-        drawn = set(shuffled[int(first) : int(last)])
-        config.hook.pytest_deselected(items=[item for item in items if item not in drawn])
-        items[:] = [item for item in items if item in drawn]
+    if part := config.getoption("draw"):
+        drawn = draw([item.nodeid for item in items], part)
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in drawn])
+        items[:] = [item for item in items if item.nodeid in drawn]
 
 
 def pytest_configure(config):

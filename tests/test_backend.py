@@ -43,8 +43,8 @@ def test_bfloat16_where_the_hardware_multiplies_in_it(platform, compute_capabili
         (("cpu", ""), "float32", "float32"),
         (("gpu", "7.5"), "float32", "float32 (a GPU below compute capability 8.0 has no bfloat16 units)"),
         (("gpu", "9.0"), "bfloat16", "bfloat16"),
-        (("gpu", "9.0"), "float32", "float32 (matrix products too: no TensorFloat-32, no bfloat16 passes)"),
-        (("tpu", ""), "float32", "float32 (matrix products too: no TensorFloat-32, no bfloat16 passes)"),
+        (("gpu", "9.0"), "float32", "float32 (the model's matrix products in full float32)"),
+        (("tpu", ""), "float32", "float32 (the model's matrix products in full float32)"),
     ],
 )
 def test_what_is_said_of_the_precision(device, dtype, text):

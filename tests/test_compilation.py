@@ -1,13 +1,15 @@
-"""The cache of compiled programs: used by default, safe when damaged, silent when it cannot be used."""
+"""The cache of compiled programs: used by default, safe when damaged, skipped when it cannot be used."""
 
 import errno
 import re
+import shutil
 import subprocess
 import sys
 import warnings
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from disturb import Training, differences, result_of, write_text
 from test_commands import environment
 
@@ -40,11 +42,11 @@ def user_environment(cache_home, **more):
     return kept | {"XDG_CACHE_HOME": str(cache_home)} | more
 
 
-def sample(tmp_path, **more):
+def sample(tmp_path, *flags, **more):
     """Run sample.py; the text and what it says on stderr."""
     out = tmp_path / "output.txt"
     done = subprocess.run(
-        [sys.executable, REPOSITORY / "sample.py", "--workdir", MODEL, "--length=40", "--out", out],
+        [sys.executable, REPOSITORY / "sample.py", "--workdir", MODEL, "--length=40", "--out", out, *flags],
         env=user_environment(tmp_path / "cache", **more), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -80,6 +82,49 @@ def test_the_second_sample_reads_its_programs_and_damage_is_mended(tmp_path):
     assert again == text and was_read(stderr)
 
 
+def test_what_is_compiled_later_is_kept_too(tmp_path):
+    """The text before goes beyond half a context: a second program reads it when the context is full."""
+    for _ in range(2):
+        sample(tmp_path, "--prompt=to be to be to")
+        times = {path.name: path.stat().st_mtime_ns for path in programs(tmp_path)}
+        assert sum(name.startswith("jit_prefill") for name in times) == 2
+        assert all(path.with_name(path.name + ".sha256").exists() for path in programs(tmp_path))
+    sample(tmp_path, "--prompt=to be to be to")
+    assert times == {path.name: path.stat().st_mtime_ns for path in programs(tmp_path)}
+
+
+def test_an_error_ends_the_line():
+    written = []
+    with pytest.raises(ZeroDivisionError), compilation.compiling("x", lambda *a, **k: written.append((a, k))):
+        raise ZeroDivisionError
+    assert written == [(("compile x ...",), {"end": ""}), (("",), {})]
+
+
+def test_the_cache_stays_within_its_size(tmp_path):
+    program = """
+import jax, jax.numpy as jnp
+from pathlib import Path
+from gpt_jax import compilation
+compilation.MOST_BYTES, compilation.LEAST_SECONDS = 60_000, 0.0
+compilation.use_compilation_cache()
+folder = Path(jax.config.jax_compilation_cache_dir)
+made = set()
+for n in range(2, 12):
+    with compilation.compiling(f"{n}"):
+        jax.jit(lambda x: jnp.linalg.norm(jnp.sin(x) @ x))(jnp.ones((n, n)))
+    made |= {path.name for path in folder.glob("*-cache")}
+left = list(folder.glob("*-cache"))
+print(len(made), len(left), sum(path.stat().st_size for path in left))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=user_environment(tmp_path), capture_output=True, text=True,
+        timeout=120, cwd=REPOSITORY,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    made, left, size = map(int, done.stdout.splitlines()[-1].split())
+    assert 0 < left < made and size <= 60_000
+
+
 def test_the_cache_can_be_turned_off(tmp_path):
     _, stderr = sample(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false")
     assert not was_read(stderr) and not (tmp_path / "cache").exists()
@@ -97,7 +142,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "cache").write_text("a file", encoding="utf-8")
     _, stderr = sample(tmp_path)
     assert re.search(
-        r"^note: compiled programs are not kept: .* cannot be used \(Not a directory\)$", stderr, re.MULTILINE
+        r"^note: no compilation cache: .* cannot be used \(Not a directory\)$", stderr, re.MULTILINE
     )
     assert not was_read(stderr) and "warning" not in stderr.lower()
 
@@ -109,11 +154,13 @@ def test_a_full_disk_costs_the_cache_and_nothing_else(tmp_path, faults_library):
         "FAULT_DO": str(errno.ENOSPC), "FAULT_LOG": str(tmp_path / "log"),
     }  # fmt: skip
     text, _ = sample(tmp_path, **fault)
-    log = (tmp_path / "log").read_text(encoding="utf-8").splitlines()
-    write = next(n for n, line in enumerate(log, 1) if line.startswith("write") and "-cache" in line)
-    for path in programs(tmp_path):
-        path.unlink()
-    again, stderr = sample(tmp_path, FAULT_AT=str(write), **fault)
+    log = tmp_path / "log"
+    operations = log.read_text(encoding="utf-8").splitlines()
+    write = next(n for n, line in enumerate(operations) if re.match(r"write\t.*-cache\t", line))
+    shutil.rmtree(tmp_path / "cache")
+    log.unlink()
+    again, stderr = sample(tmp_path, FAULT_AT=str(write + 1), **fault)
+    assert log.read_text(encoding="utf-8").splitlines()[write] == operations[write]
     assert again == text and not was_read(stderr)
     assert "warning" not in stderr.lower() and "Traceback" not in stderr
     assert sample(tmp_path)[0] == text

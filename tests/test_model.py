@@ -243,13 +243,21 @@ def test_logits_are_not_rounded_to_bfloat16(options):
 @pytest.mark.parametrize("name", MODELS)
 def test_float32_is_float32_on_matrix_units_too(name):
     """Every matrix product, forward and backward, asks for full precision of a TPU's or GPU's units."""
-    config = small_model(dtype="float32", **MODELS[name])
+    products = matrix_products(small_model(dtype="float32", **MODELS[name]))
+    assert len(products) > 10
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products), products
+
+
+def test_bfloat16_leaves_the_precision_to_the_hardware():
+    assert not any("HIGHEST" in line for line in matrix_products(small_model(dtype="bfloat16")))
+
+
+def matrix_products(config):
+    """The lines of a gradient's program that multiply matrices."""
     model, params = GPT(config, VOCAB), make_params(config)
 
     def loss(params, tokens):
         return model.apply({"params": params}, tokens)[0].sum()
 
     program = jax.jit(jax.grad(loss)).lower(params, random_tokens(2, 8)).as_text()
-    products = [line for line in program.splitlines() if "dot_general" in line]
-    assert len(products) > 10
-    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products), products
+    return [line for line in program.splitlines() if "dot_general" in line]

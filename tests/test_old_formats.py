@@ -41,7 +41,7 @@ def test_an_old_run_trains_on_as_it_would_have(tmp_path, capsys):
     values["mesh"]["data"] = 1  # the tests have eight devices, and four windows cannot be shared by them
     assert train(Config.from_dict(values), workdir) == 0
     said = capsys.readouterr().out
-    assert "the checkpoint does not say what it was computed in: the run goes on in float32" in said
+    assert "dtype   the checkpoint does not record its precision: continuing in float32" in said
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [5, 10, 15, 20]
     assert records[-1]["train_loss"] == pytest.approx(1.9038314, abs=1e-3)

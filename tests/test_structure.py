@@ -3,6 +3,7 @@
 import ast
 
 import pytest
+from conftest import draw
 
 from gpt_jax.config import REPOSITORY
 
@@ -50,3 +51,12 @@ def test_only_the_model_is_linen():
 @pytest.mark.parametrize("program", ["train.py", "sample.py"])
 def test_programs_are_short(program):
     assert len((REPOSITORY / program).read_text(encoding="utf-8").splitlines()) < 60
+
+
+def test_parts_of_the_tests_make_up_the_whole():
+    """What CI draws in parts is every test once, and another seed has another order."""
+    names = [f"test_{n}" for n in range(30)]
+    parts = [draw(names, f"x:{part}") for part in ("0:7", "7:20", "20:1000")]
+    assert [len(part) for part in parts] == [7, 13, 10]
+    assert set().union(*parts) == set(names)
+    assert draw(names, "y:0:7") != parts[0] == draw(names[::-1], "x:0:7")

@@ -247,8 +247,8 @@ def test_a_run_keeps_its_precision(tiny_config, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert trainer.train(config, moved) == 0
     said = capsys.readouterr().out
-    assert ", float32 (matrix products too: " in said.splitlines()[0]
-    assert "dtype   the run goes on in float32, as it began; a new one would compute in bfloat16" in said
+    assert ", float32 (the model's matrix products in full float32), " in said.splitlines()[0]
+    assert "dtype   keeping float32, the precision of the checkpoint; a new run on this device would" in said
     assert_same_bits(saved_state(config, moved), saved_state(config, whole))
     assert metadata_of(moved)["compute_dtype"] == "float32"
     # The settings still say "auto": whatever samples takes what suits its own device.
@@ -265,7 +265,7 @@ def test_another_precision_is_taken_where_the_settings_ask_for_it(tiny_config, t
     )
     assert metadata_of(tmp_path)["compute_dtype"] == "bfloat16"
     assert trainer.train(tiny_config(train={"steps": 28}), tmp_path) == 0
-    assert "dtype   the run goes on in bfloat16, as it began" in capsys.readouterr().out
+    assert "dtype   keeping bfloat16, the precision of the checkpoint" in capsys.readouterr().out
 
 
 def test_the_best_checkpoint_outlives_worse_ones(tiny_config, text_file, tmp_path):
