@@ -56,7 +56,7 @@ from gpt_jax.sampler import generate_tokens
 from gpt_jax.sampling import make_rules
 from gpt_jax.sharding import batch_sharding, make_mesh, replicated
 from gpt_jax.signals import stop_signals
-from gpt_jax.train_state import TrainState, abstract_state, count_params, init_state
+from gpt_jax.train_state import TrainState, abstract_params, abstract_state, count_params, init_state
 from gpt_jax.train_step import INIT_STREAM, SAMPLE_STREAM, Metrics, TrainSteps, make_train_steps, stream
 
 MAX_STEPS_PER_CALL = 100
@@ -124,6 +124,7 @@ class _Trainer:
         self.tensorboard = tensorboard
         self.model = GPT(config.model, corpus.tokenizer.vocab_size)
         self.optimizer = make_optimizer(config.optimizer, config.train.steps)
+        self.keep_ema = config.optimizer.ema_decay > 0
         self.schedule = make_schedule(config.optimizer, config.train.steps, config.optimizer.learning_rate)
         # The losses that the next line's train_loss is the mean of. Kept in checkpoints, so that a
         # resumed run writes the very lines that an undisturbed one writes.
@@ -136,10 +137,10 @@ class _Trainer:
 
     def run(self) -> int:
         """Restore or begin, train, say what came of it; the exit status."""
-        state = self._begin()
+        state = self._restore()
         config, workdir, steps = self.config, self.workdir, self.config.train.steps
         first_step = self.step
-        n_params = count_params(state.params)
+        n_params = count_params(abstract_params(self.model, self.mesh))
         print(describe_run(config, self.dtype, workdir, self.corpus, self.mesh.shape, n_params))
         if first_step >= steps:
             print(describe_finished(first_step, steps, workdir))
@@ -158,6 +159,7 @@ class _Trainer:
             for sink in self.sinks:
                 closing.callback(sink.close)
             tokens_N = jax.device_put(self.corpus.train, replicated(self.mesh))
+            state = state or self._init()
             train_steps = self._compile(state, tokens_N)
             self.terminal = Terminal(first_step, steps)
             closing.callback(self.terminal.close)
@@ -171,12 +173,11 @@ class _Trainer:
         print(describe_end(read_metrics(workdir / "metrics.jsonl"), self._seconds(), workdir))
         return 0
 
-    def _begin(self) -> TrainState:
-        """The state to train from, and all that goes with it."""
-        keep_ema = self.config.optimizer.ema_decay > 0
-        metadata = None
+    def _restore(self) -> TrainState | None:
+        """The state of the newest checkpoint, None for a new run; and the settings that depend on it."""
+        state = metadata = None
         if self.checkpoints.steps():
-            target = abstract_state(self.model, self.optimizer, keep_ema, self.mesh)
+            target = abstract_state(self.model, self.optimizer, self.keep_ema, self.mesh)
             metadata, state = restore_newest(
                 self.checkpoints, target, self.config, self.corpus.fingerprint, self.workdir
             )
@@ -184,17 +185,20 @@ class _Trainer:
             self.recent_losses.extend(metadata.recent_losses)
             self.val_loss = metadata.val_loss
             self.skipped = int(count_skipped(state.opt_state))
-        else:
-            if read_metrics(self.workdir / "metrics.jsonl"):
-                print(f"WARNING: {self.workdir} has metrics but no checkpoint: training begins at step 0")
-            key = stream(self.config.seed, INIT_STREAM)
-            state = init_state(self.model, self.optimizer, keep_ema, self.mesh, key)
+        elif read_metrics(self.workdir / "metrics.jsonl"):
+            print(f"WARNING: {self.workdir} has metrics but no checkpoint: training begins at step 0")
         self.checkpoints.prepare()
         self.config = settle(self.config, self.mesh, metadata)
         # The settings keep "auto", so that a sampler elsewhere takes what suits its device.
         self.dtype, self.about_dtype = resolve_run_dtype(self.config, metadata)
         self.model = self.model.clone(config=replace(self.config.model, dtype=self.dtype))
         return state
+
+    def _init(self) -> TrainState:
+        """The state that a new run begins with."""
+        key = stream(self.config.seed, INIT_STREAM)
+        with compiling("initial state"):
+            return init_state(self.model, self.optimizer, self.keep_ema, self.mesh, key)
 
     def _compile(self, state: TrainState, tokens_N: jax.Array) -> TrainSteps:
         with compiling("training steps"):

@@ -168,7 +168,7 @@ def test_ignored_signals_stay_ignored(start, whole, tmp_path):
 
 def test_two_trainers_on_one_workdir(start, whole, tmp_path):
     first = start(settings={"train.steps": 1_000_000})
-    assert first.wait_for("compile ... ")
+    assert first.wait_for("compile training steps ... ")
     second = start(settings={"train.steps": 1_000_000})
     assert second.wait() == 2
     assert f"run is in use by process {first.process.pid} on " in second.output

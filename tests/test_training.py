@@ -260,9 +260,7 @@ def test_another_precision_is_taken_where_the_settings_ask_for_it(tiny_config, t
     config = tiny_config(model={"dtype": "bfloat16"}, train={"steps": 24})
     assert trainer.train(config, tmp_path) == 0
     said = capsys.readouterr().out
-    assert (
-        "dtype   the run goes on in bfloat16, as model.dtype says; until now it computed in float32" in said
-    )
+    assert "dtype   precision changes from float32 to bfloat16, as model.dtype says" in said
     assert metadata_of(tmp_path)["compute_dtype"] == "bfloat16"
     assert trainer.train(tiny_config(train={"steps": 28}), tmp_path) == 0
     assert "dtype   keeping bfloat16, the precision of the checkpoint" in capsys.readouterr().out
