@@ -66,6 +66,8 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+    # XLA's own cache, of kernel choices on GPUs, would have neither a limit nor checksums.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     _count_problems()
     atexit.register(_settle)  # for what is compiled outside `compiling`
 
