@@ -35,11 +35,13 @@ flags\t\t: fpu sse4_2 avx2
 """
 
 
-def user_environment(cache_home, **more):
-    """As a user has it: without the cache that the tests share."""
-    names = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
-    kept = {key: value for key, value in environment().items() if key not in names}
-    return kept | {"XDG_CACHE_HOME": str(cache_home)} | more
+@pytest.fixture(autouse=True)
+def as_a_user(monkeypatch, tmp_path):
+    """For programs: a cache of their own, not the one that the tests share, nor what JAX has set here."""
+    shared = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    for name in (*shared, "TF_CPP_MIN_LOG_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def sample(tmp_path, *flags, **more):
@@ -47,7 +49,7 @@ def sample(tmp_path, *flags, **more):
     out = tmp_path / "output.txt"
     done = subprocess.run(
         [sys.executable, REPOSITORY / "sample.py", "--workdir", MODEL, "--length=40", "--out", out, *flags],
-        env=user_environment(tmp_path / "cache", **more), capture_output=True, text=True, timeout=120,
+        env=environment() | more, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return out.read_text(encoding="utf-8"), done.stderr
@@ -117,7 +119,7 @@ left = list(folder.glob("*-cache"))
 print(len(made), len(left), sum(path.stat().st_size for path in left))
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], env=user_environment(tmp_path), capture_output=True, text=True,
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True,
         timeout=120, cwd=REPOSITORY,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -172,14 +174,13 @@ def test_training_comes_to_the_same_bits_with_and_without_the_cache(tmp_path):
     names = ("off", "cold", "warm")
     for name in names:
         off = {"JAX_ENABLE_COMPILATION_CACHE": "false"} if name == "off" else {}
-        training = Training(
-            tmp_path / name, text, {"train.steps": 20}, user_environment(tmp_path / "cache", **off),
-        )  # fmt: skip
+        training = Training(tmp_path / name, text, {"train.steps": 20}, off)
         assert training.wait() == 0, training.output
         read = re.search(r"^compile training steps \.\.\. [\d.]+ s \(read", training.output, re.MULTILINE)
         assert bool(read) == (name == "warm"), training.output
         for what in ("evaluation", "sampling"):
             assert len(re.findall(rf"^compile {what} \.\.\. [\d.]+ s", training.output, re.MULTILINE)) == 1
+    assert any(path.name.startswith("jit_train_steps") for path in programs(tmp_path))
     assert differences(result_of(tmp_path / "cold"), result_of(tmp_path / "off")) == []
     assert differences(result_of(tmp_path / "warm"), result_of(tmp_path / "off")) == []
 
