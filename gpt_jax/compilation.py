@@ -27,7 +27,6 @@ from platformdirs import user_cache_path
 from gpt_jax.integrity import checksum
 
 MOST_BYTES = 2**29  # per folder; JAX evicts the programs that were least recently used
-LEAST_SECONDS = 0.1  # what compiles faster than this is not worth a file
 PROGRAM, USED, CHECKSUM = "-cache", "-atime", ".sha256"  # endings of file names; the first two are JAX's
 PROBLEM = "Error (reading|writing) persistent compilation cache"  # how JAX's warnings begin
 HIT, MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
@@ -65,7 +64,8 @@ def use_compilation_cache() -> None:
     _folder = folder
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+    # Also what compiles fast: with a limit, a slow moment would decide what is kept.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     # XLA's own cache, of kernel choices on GPUs, would have neither a limit nor checksums.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     _count_problems()
