@@ -16,6 +16,8 @@ from hashlib import sha256
 # train.py and sample.py as processes have XLA as users have it.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# As gpt_jax sets it. Importing jax first would set 1, for the programs that are started here too.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
 import numpy as np
