@@ -99,7 +99,7 @@ def train_together(configs: list[Config], corpus: Corpus) -> tuple[list[list[Eva
     """
     mesh = make_mesh(configs[0].mesh, jax.devices()[:1])
     config = settle(configs[0], mesh)
-    model = GPT(config.model, corpus.tokenizer.vocab_size)
+    model = GPT(config.model, corpus.tokenizer.vocab_size, mesh=mesh)
     seeds_R = jnp.array([c.seed for c in configs], jnp.uint32)
     traced_R = {name: jnp.array([getattr(c.optimizer, name) for c in configs]) for name in TRACEABLE}
     keep_ema = config.optimizer.ema_decay > 0
@@ -116,7 +116,7 @@ def train_together(configs: list[Config], corpus: Corpus) -> tuple[list[list[Eva
         optimizer = make_optimizer(config.optimizer, config.train.steps, traced)
 
         def body(_: int, state: TrainState) -> TrainState:
-            return train_step(state, tokens_N, seed, config, model, optimizer, mesh)[0]
+            return train_step(state, tokens_N, seed, config, model, optimizer)[0]
 
         return jax.lax.fori_loop(0, n, body, state)
 

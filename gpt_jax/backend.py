@@ -1,12 +1,14 @@
 """What JAX runs on here: which precision suits it, and whether it computes correctly."""
 
 import os
+from dataclasses import replace
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt_jax.config import ModelConfig
 from gpt_jax.errors import UserError
 
 Dtype = Literal["float32", "bfloat16"]  # of the activations
@@ -27,6 +29,15 @@ def auto_dtype(platform: str, compute_capability: str = "") -> Dtype:
 def resolve_dtype(dtype: Dtype | Literal["auto"]) -> Dtype:
     """A setting `model.dtype` without "auto": that becomes what suits the first device here."""
     return auto_dtype(*first_device()) if dtype == "auto" else dtype
+
+
+def resolve_model(config: ModelConfig, platform: str, compute_capability: str = "") -> ModelConfig:
+    """Settings without "auto": that becomes what suits a device of this platform."""
+    on_cpu = platform == "cpu"
+    dtype = auto_dtype(platform, compute_capability) if config.dtype == "auto" else config.dtype
+    unroll = ("yes" if on_cpu else "no") if config.unroll == "auto" else config.unroll
+    remat = ("nothing" if on_cpu else "elementwise") if config.remat == "auto" else config.remat
+    return replace(config, dtype=dtype, unroll=unroll, remat=remat)
 
 
 def describe_dtype(dtype: str, platform: str, compute_capability: str = "") -> str:

@@ -14,13 +14,14 @@ from gpt_jax.errors import UserError
 CPU_TOKENS = 1024  # about the fastest micro-batch on two CPU cores, of 256 to 16,384 tokens tried
 
 
-def micro_batch_size(train: TrainConfig, context: int, n_shards: int) -> int:
+def micro_batch_size(train: TrainConfig, context: int, n_shards: int, platform: str) -> int:
     """Windows in a micro-batch, as `train.accumulate` says; the default depends on the hardware.
 
     Args:
         train: the settings.
         context: T.
         n_shards: how many devices share a micro-batch.
+        platform: of these devices.
 
     Raises:
         UserError: they cannot share it equally.
@@ -32,7 +33,7 @@ def micro_batch_size(train: TrainConfig, context: int, n_shards: int) -> int:
             f"{size} windows, which {n_shards} devices cannot share equally: choose another batch, or "
             f"fewer devices with mesh.data"
         )
-    if train.accumulate or jax.default_backend() != "cpu":
+    if train.accumulate or platform != "cpu":
         return size
     fitting = max(CPU_TOKENS // context, 1) * n_shards
     return max(n for n in range(n_shards, fitting + 1, n_shards) if size % n == 0)

@@ -47,8 +47,12 @@ class ModelConfig:
     dropout: float = 0.0  # on the embedding and on what each block adds
     attention_dropout: float = 0.0  # on the attention weights
     query_blocks: int = 1  # attention in so many blocks of queries, each without the keys after it
-    remat: bool = False  # recompute a block's activations in the backward pass: less memory, more time
-    unroll: bool = True  # unroll the scan over layers: faster steps, longer compilation
+    # What the backward pass recomputes instead of keeping it; less memory for more time. "elementwise": all
+    # but the results of matrix products with parameters; "block": all but the input of each block; "auto":
+    # nothing on a CPU, "elementwise" elsewhere.
+    remat: Literal["auto", "nothing", "elementwise", "block"] = "auto"
+    # Unroll the scan over layers: faster steps on a CPU, longer compilation. "auto": on a CPU.
+    unroll: Literal["auto", "yes", "no"] = "auto"
     # Of the computation; auto: bfloat16 on TPUs and on GPUs that have units for it, float32 elsewhere.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
@@ -215,7 +219,20 @@ class Config:
     @classmethod
     def from_json(cls, text: str) -> "Config":
         """The inverse of `to_json`."""
-        return cls.from_dict(json.loads(text))
+        return cls.from_stored(json.loads(text))
+
+    @classmethod
+    def from_stored(cls, values: dict[str, Any]) -> "Config":
+        """Settings that an older version may have written."""
+        if isinstance(values, dict) and isinstance(values.get("model"), dict):
+            model = dict(values["model"])
+            # Both were bools. Their defaults, True and False, become "auto": the same on a CPU.
+            if isinstance(model.get("unroll"), bool):
+                model["unroll"] = "auto" if model["unroll"] else "no"
+            if isinstance(model.get("remat"), bool):
+                model["remat"] = "block" if model["remat"] else "auto"
+            values = values | {"model": model}
+        return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries of plain values."""

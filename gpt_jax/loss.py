@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 
 from gpt_jax.batches import eval_windows
 from gpt_jax.model import GPT, Params
+from gpt_jax.sharding import split_batch
 
 LossOfTokens = Callable[..., float]
 Announce = Callable[[str], AbstractContextManager[None]]  # given a name, what to compile a program within
@@ -36,15 +38,28 @@ def batch_loss(
     dropout_key: jax.Array,
 ) -> jax.Array:
     """Mean cross-entropy of a batch with dropout on, a float32 scalar in nats a token."""
-    logits_BxTxV, _ = model.apply(
-        {"params": params}, inputs_BxT, deterministic=False, rngs={"dropout": dropout_key}
-    )
+    logits_BxTxV, _ = model.apply({"params": params}, inputs_BxT, dropout_key=dropout_key)
     return token_losses(logits_BxTxV, targets_BxT).mean()
 
 
-def make_loss_of_tokens(
-    model: GPT, batch_size: int, batch_sharding: jax.sharding.Sharding | None = None
-) -> LossOfTokens:
+@partial(jax.jit, static_argnums=0)
+def window_losses(model: GPT, params: Params, *windows_nxBxT: jax.Array) -> jax.Array:
+    """Summed losses of each of n x B windows, float32 [n, B], in nats.
+
+    Args:
+        model, params: as for `make_loss_of_tokens`.
+        *windows_nxBxT: inputs, targets and mask, as from `eval_windows`.
+    """
+
+    def one_batch(batch: tuple[jax.Array, ...]) -> jax.Array:
+        inputs_BxT, targets_BxT, mask_BxT = split_batch(batch, model.mesh)
+        logits_BxTxV, _ = model.apply({"params": params}, inputs_BxT)
+        return jnp.sum(token_losses(logits_BxTxV, targets_BxT) * mask_BxT, axis=-1)
+
+    return jax.lax.map(one_batch, windows_nxBxT)
+
+
+def make_loss_of_tokens(model: GPT, batch_size: int) -> LossOfTokens:
     """The headline protocol: mean loss over *all* of a text, as a function (params, ids, announce) -> float.
 
     The text is cut into non-overlapping windows of the model's context, each counted once, none drawn
@@ -54,21 +69,8 @@ def make_loss_of_tokens(
     Args:
         model: `GPT`, stacked or not, as the parameters are.
         batch_size: windows at a time; it does not change the result beyond rounding.
-        batch_sharding: where the windows of a batch go; None leaves it to JAX.
     """
     context = model.config.context
-
-    @jax.jit
-    def window_losses(params: Params, *windows_nxBxT: jax.Array) -> jax.Array:
-        def one_batch(batch: tuple[jax.Array, ...]) -> jax.Array:
-            if batch_sharding is not None:
-                batch = jax.lax.with_sharding_constraint(batch, batch_sharding)
-            inputs_BxT, targets_BxT, mask_BxT = batch
-            logits_BxTxV, _ = model.apply({"params": params}, inputs_BxT)
-            return jnp.sum(token_losses(logits_BxTxV, targets_BxT) * mask_BxT, axis=-1)
-
-        return jax.lax.map(one_batch, windows_nxBxT)
-
     programs: dict[int, Any] = {}
 
     def loss_of_tokens(params: Params, tokens_N: np.ndarray, announce: Announce = in_silence) -> float:
@@ -76,7 +78,7 @@ def make_loss_of_tokens(
         n_batches = len(windows[0])
         if n_batches not in programs:
             with announce("evaluation"):
-                programs[n_batches] = window_losses.lower(params, *windows).compile()
+                programs[n_batches] = window_losses.lower(model, params, *windows).compile()
         # Sums of windows are added in float64: the batch size cannot move the result.
         total = np.asarray(programs[n_batches](params, *windows), np.float64).sum()
         return float(total / (len(tokens_N) - 1))

@@ -64,7 +64,7 @@ class Metadata:
             if name not in values or not is_sound:
                 raise UserError(f"{name} is missing or not what it should be")
         read = {
-            "config": Config.from_dict(values["config"]),
+            "config": Config.from_stored(values["config"]),
             "tokenizer": CharTokenizer.from_json(values["tokenizer"]),
         }
         return cls(**{name: values[name] for name in sound} | read)

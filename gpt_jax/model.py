@@ -10,6 +10,7 @@ norms and the scaled initialisation; RoPE (Su et al. 2021); RMSNorm (Zhang and S
 which Primer has after q, k and v, before the MLP as in "Canon layers" (Allen-Zhu 2025).
 """
 
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -18,9 +19,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
+from jax.sharding import Mesh
 
-from gpt_jax.backend import resolve_dtype
+from gpt_jax.backend import first_device, resolve_dtype, resolve_model
 from gpt_jax.config import ModelConfig
+from gpt_jax.dropout import dropout
+from gpt_jax.sharding import split_batch
 
 Params = Any  # a nested dictionary of arrays
 MOST_BIGRAMS = 2**14  # rows of a table of pairs of tokens; enough for each pair of 127 characters
@@ -83,6 +87,19 @@ def unstack_layers(params: Params) -> Params:
     return params | layers
 
 
+def in_compute_dtype(config: ModelConfig, params: Params) -> Params:
+    """Kernels and embeddings in the type that they are multiplied in.
+
+    A model casts them at each use; what is used in a loop is better cast once, before it.
+    """
+    dtype = compute_dtype(config)
+
+    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if path[-1].key in ("kernel", "embedding") else leaf
+
+    return jax.tree.map_with_path(cast, params)
+
+
 class GPT(nn.Module):
     """Token ids to the logits of the token that follows each.
 
@@ -92,34 +109,36 @@ class GPT(nn.Module):
         stacked: whether the layers' parameters lie in one tree with a leading axis L, run by a scan
             (training), or in one tree a layer (decoding, where cutting a layer out of a stack at
             every token would cost more than the arithmetic).
+        mesh: the devices that share a batch; None leaves it to the compiler where activations lie.
     """
 
     config: ModelConfig
     vocab_size: int
     stacked: bool = True
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
-        self, tokens_BxT: jax.Array, cache: Cache | None = None, deterministic: bool = True
+        self, tokens_BxT: jax.Array, cache: Cache | None = None, dropout_key: jax.Array | None = None
     ) -> tuple[jax.Array, Cache | None]:
         """Run the model.
 
         Args:
             tokens_BxT: integer ids; T is at most `config.context`.
             cache: what came before these tokens (only with `stacked=False`); None: nothing did.
-            deterministic: False applies dropout, from the random stream named "dropout".
+            dropout_key: what the dropout masks follow; None: no dropout.
 
         Returns:
             Logits, float32 [B, T, V], and the cache with these tokens added (None without one).
         """
         if compute_dtype(self.config) != jnp.float32:
-            return self._logits(tokens_BxT, cache, deterministic)
+            return self._logits(tokens_BxT, cache, dropout_key)
         # By default a TPU or GPU would round float32 factors to bfloat16 or TensorFloat-32.
         with jax.default_matmul_precision("float32"):
-            return self._logits(tokens_BxT, cache, deterministic)
+            return self._logits(tokens_BxT, cache, dropout_key)
 
     def _logits(
-        self, tokens_BxT: jax.Array, cache: Cache | None, deterministic: bool
+        self, tokens_BxT: jax.Array, cache: Cache | None, dropout_key: jax.Array | None
     ) -> tuple[jax.Array, Cache | None]:
         config = self.config
         dtype = compute_dtype(config)
@@ -149,19 +168,25 @@ class GPT(nn.Module):
                 embedding_init=_init(0.0, ("vocab", "embed")),
                 name="bigram_embedding",
             )(self._pairs(tokens_BxT, cache))
-        x_BxTxD = nn.Dropout(config.dropout, deterministic=deterministic)(x_BxTxD)
+        seeds_Lx2 = first_seed_2 = None
+        if dropout_key is not None:
+            # One draw for all layers: on a TPU each would cost dozens of small kernels.
+            seeds = jax.random.bits(dropout_key, (1 + config.n_layer, 2))
+            first_seed_2, seeds_Lx2 = seeds[0], seeds[1:]
+        x_BxTxD = split_batch(dropout(x_BxTxD, config.dropout, first_seed_2), self.mesh)
 
         if self.stacked:
             if cache is not None:
                 raise ValueError("a cache needs GPT(stacked=False)")
-            x_BxTxD, _ = self._stacked_blocks(deterministic)(x_BxTxD, x_BxTxD, positions_T, None)
+            x_BxTxD, _ = self._stacked_blocks()(x_BxTxD, x_BxTxD, positions_T, None, seeds_Lx2)
         else:
             embedding_BxTxD = x_BxTxD
             layers: list[Any] = []
             for i in range(config.n_layer):
                 layer = None if cache is None else cache.layers[i]
-                block = Block(config, deterministic, name=f"block_{i}")
-                x_BxTxD, layer = block(x_BxTxD, embedding_BxTxD, positions_T, layer)
+                seed_2 = None if seeds_Lx2 is None else seeds_Lx2[i]
+                block = Block(config, self.mesh, name=f"block_{i}")
+                x_BxTxD, layer = block(x_BxTxD, embedding_BxTxD, positions_T, layer, seed_2)
                 layers.append(layer)
             if cache is not None:
                 cache = Cache(tuple(layers), cache.length + tokens_BxT.shape[1], tokens_BxT[:, -1])
@@ -188,28 +213,31 @@ class GPT(nn.Module):
         before_BxT = jnp.concatenate([last_B[:, None], tokens_BxT[:, :-1]], axis=1)
         return (before_BxT * self.vocab_size + tokens_BxT) % MOST_BIGRAMS
 
-    def _stacked_blocks(self, deterministic: bool) -> nn.Module:
+    def _stacked_blocks(self) -> nn.Module:
         config = self.config
+        how = resolve_model(config, *first_device())
         block: Any = Block
-        if config.remat:
+        if how.remat != "nothing":
+            products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            policy = products if how.remat == "elementwise" else None
             # Inside a loop the compiler cannot merge the two forward passes; unrolled, it could.
-            block = nn.remat(block, prevent_cse=config.unroll)
+            block = nn.remat(block, prevent_cse=how.unroll == "yes", policy=policy)
         return nn.scan(
             block,
             length=config.n_layer,
-            unroll=config.n_layer if config.unroll else 1,
+            unroll=config.n_layer if how.unroll == "yes" else 1,
             variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(config, deterministic, name="blocks")
+        )(config, self.mesh, name="blocks")
 
 
 class Block(nn.Module):
     """One layer: attention, then an MLP, each added to the residual stream; a convolution before the MLP."""
 
     config: ModelConfig
-    deterministic: bool
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -218,28 +246,27 @@ class Block(nn.Module):
         embedding_BxTxD: jax.Array,
         positions_T: jax.Array,
         cache: LayerCache | None,
+        seed_2: jax.Array | None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """The residual stream after this layer, [B, T, D], and this layer's cache."""
         config = self.config
-        dropout = partial(nn.Dropout, config.dropout, deterministic=self.deterministic)
         if config.embedding_skip:
             part_D = self.param("embedding_skip", _init(0.0, ("embed",)), (config.d_model,))
             x_BxTxD += part_D.astype(x_BxTxD.dtype)[None, None] * embedding_BxTxD
-        attention = CausalSelfAttention(config, self.deterministic, name="attention")
-        y_BxTxD, cache = attention(make_norm(config, "attention_norm")(x_BxTxD), positions_T, cache)
-        x_BxTxD += dropout()(y_BxTxD)
+        attention = CausalSelfAttention(config, name="attention")
+        y_BxTxD, cache = attention(make_norm(config, "attention_norm")(x_BxTxD), positions_T, cache, seed_2)
+        x_BxTxD = split_batch(x_BxTxD + dropout(y_BxTxD, config.dropout, seed_2, 0), self.mesh)
         y_BxTxD = make_norm(config, "mlp_norm")(x_BxTxD)
         if config.conv_width:
             y_BxTxD, cache = CausalConvolution(config, name="convolution")(y_BxTxD, positions_T, cache)
         y_BxTxD = MLP(config, name="mlp")(y_BxTxD)
-        return x_BxTxD + dropout()(y_BxTxD), cache
+        return split_batch(x_BxTxD + dropout(y_BxTxD, config.dropout, seed_2, 1), self.mesh), cache
 
 
 class CausalSelfAttention(nn.Module):
     """Every token gathers from itself and the tokens before it."""
 
     config: ModelConfig
-    deterministic: bool
 
     @nn.compact
     def __call__(
@@ -247,6 +274,7 @@ class CausalSelfAttention(nn.Module):
         x_BxTxD: jax.Array,
         positions_T: jax.Array,
         cache: LayerCache | None,
+        seed_2: jax.Array | None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """What each token gathers, [B, T, D], and the cache with these tokens' keys and values."""
         config, dtype = self.config, compute_dtype(self.config)
@@ -276,12 +304,15 @@ class CausalSelfAttention(nn.Module):
         # In a cache, places after the last token hold leftovers; the mask hides them too.
         mask_TxS = positions_T[:, None] >= jnp.arange(k_BxHxSxK.shape[2])[None, :]
 
-        dropout = nn.Dropout(config.attention_dropout, deterministic=self.deterministic)
         if cache is None:
+
+            def drop(weights_BxHxTxS: jax.Array, block: int) -> jax.Array:
+                return dropout(weights_BxHxTxS, config.attention_dropout, seed_2, 2 + block)
+
             blocks = config.query_blocks
-            y_BxHxTxK = attend_in_blocks(q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, mask_TxS, blocks, dropout)
+            y_BxHxTxK = attend_in_blocks(q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, mask_TxS, blocks, drop)
         else:
-            y_BxHxTxK = attend(q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, mask_TxS, dropout)
+            y_BxHxTxK = attend(q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, mask_TxS)
         y_BxTxD = nn.DenseGeneral(
             config.d_model,
             axis=(1, 3),
@@ -364,12 +395,13 @@ def attend_in_blocks(
     v_BxHxTxK: jax.Array,
     mask_TxT: jax.Array,
     n_blocks: int,
-    dropout: Any,
+    drop: Callable[..., jax.Array],
 ) -> jax.Array:
     """`attend`, a block of queries at a time, each without the keys after its last query.
 
     The mask hides nearly half of all keys. The more blocks, the more of these are not computed at all; but
-    each block costs a little, and more to compile.
+    each block costs a little, and more to compile. `drop` is applied to the attention weights of each block,
+    with the block's number.
     """
     n_time = q_BxHxTxK.shape[2]
     bounds = sorted({n_time * i // n_blocks for i in range(n_blocks + 1)})
@@ -379,9 +411,9 @@ def attend_in_blocks(
             k_BxHxTxK[:, :, :end],
             v_BxHxTxK[:, :, :end],
             mask_TxT[start:end, :end],
-            dropout,
+            partial(drop, block=block),
         )
-        for start, end in pairwise(bounds)
+        for block, (start, end) in enumerate(pairwise(bounds))
     ]
     return jnp.concatenate(blocks, axis=2)
 
@@ -391,7 +423,7 @@ def attend(
     k_BxHxSxK: jax.Array,
     v_BxHxSxK: jax.Array,
     mask_TxS: jax.Array,
-    dropout: Any,
+    drop: Callable[[jax.Array], jax.Array] = lambda weights: weights,
 ) -> jax.Array:
     """Scaled dot-product attention: softmax(q k^T / sqrt(K)) v, the softmax in float32.
 
@@ -401,7 +433,7 @@ def attend(
     Args:
         q_BxHxTxK, k_BxHxSxK, v_BxHxSxK: queries, keys and values.
         mask_TxS: true where a query may look at a key.
-        dropout: applied to the attention weights [B, H, T, S].
+        drop: applied to the attention weights [B, H, T, S].
 
     Returns:
         [B, H, T, K] in the type of the queries.
@@ -411,7 +443,7 @@ def attend(
         "bhtk,bhsk->bhts", q_BxHxTxK * scale, k_BxHxSxK, preferred_element_type=jnp.float32
     )
     scores_BxHxTxS = jnp.where(mask_TxS[None, None], scores_BxHxTxS, jnp.finfo(jnp.float32).min)
-    weights_BxHxTxS = dropout(jax.nn.softmax(scores_BxHxTxS, axis=-1).astype(q_BxHxTxK.dtype))
+    weights_BxHxTxS = drop(jax.nn.softmax(scores_BxHxTxS, axis=-1).astype(q_BxHxTxK.dtype))
     return jnp.einsum("bhts,bhsk->bhtk", weights_BxHxTxS, v_BxHxSxK)
 
 

@@ -14,6 +14,7 @@ from gpt_jax.config import Config, flatten
 from gpt_jax.errors import RunError, UserError
 from gpt_jax.integrity import DamagedError
 from gpt_jax.metadata import Metadata, read_metadata
+from gpt_jax.sharding import count_shards, platform_of
 from gpt_jax.train_state import TrainState
 
 # Settings that a resumed run may change: they move a step by rounding at most. Exceptions are asked for:
@@ -81,8 +82,7 @@ def settle(config: Config, mesh: jax.sharding.Mesh, saved: Metadata | None = Non
     train = config.train
     if not train.accumulate and saved:
         train = replace(train, accumulate=saved.config.train.accumulate)
-    n_shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    size = micro_batch_size(train, config.model.context, n_shards)
+    size = micro_batch_size(train, config.model.context, count_shards(mesh), platform_of(mesh))
     train = replace(train, accumulate=train.batch_size // size)
     # Wherever the run is read again from, its text is where it is now.
     path = str(config.data.file) if config.data.path else ""

@@ -134,7 +134,8 @@ class Run:
 
     @cached_property
     def _loss_of_tokens(self) -> LossOfTokens:
-        batch_size = micro_batch_size(self.config.train, self.config.model.context, n_shards=1)
+        context, platform = self.config.model.context, jax.default_backend()
+        batch_size = micro_batch_size(self.config.train, context, 1, platform)
         return make_loss_of_tokens(self.model, batch_size)
 
     @property

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt_jax.model import GPT, Cache, Params, empty_cache
+from gpt_jax.model import GPT, Cache, Params, empty_cache, in_compute_dtype
 from gpt_jax.sampling import SamplingRules, draw
 
 CHUNK = 32  # about so many tokens appear at a time
@@ -153,9 +153,10 @@ def decode(
     def step(carry: tuple[jax.Array, Cache], index: jax.Array) -> tuple[Any, jax.Array]:
         logits_BxV, cache = carry
         token_B = draw(_keys(key, index, logits_BxV.shape[0]), logits_BxV, rules)
-        logits_Bx1xV, cache = _read(model, params, token_B[:, None], cache)
+        logits_Bx1xV, cache = _read(model, matrices, token_B[:, None], cache)
         return (logits_Bx1xV[:, 0], cache), token_B
 
+    matrices = in_compute_dtype(model.config, params)
     indices = position + jnp.arange(n_tokens)
     (logits_BxV, cache), tokens_CxB = jax.lax.scan(step, (logits_BxV, cache), indices)
     return logits_BxV, cache, tokens_CxB.T
@@ -175,12 +176,13 @@ def decode_exact(
 
     def step(window_BxT: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         filled = jnp.minimum(index, context)
-        logits_BxTxV, _ = model.apply({"params": params}, window_BxT)
+        logits_BxTxV, _ = model.apply({"params": matrices}, window_BxT)
         token_B = draw(_keys(key, index, batch_size), logits_BxTxV[:, filled - 1], rules)
         full_BxT = jnp.roll(window_BxT, -1, axis=1).at[:, -1].set(token_B)
         room_BxT = window_BxT.at[:, filled].set(token_B, mode="drop")
         return jnp.where(index < context, room_BxT, full_BxT), token_B
 
+    matrices = in_compute_dtype(model.config, params)
     _, tokens_CxB = jax.lax.scan(step, window_BxT, position + jnp.arange(CHUNK))
     return tokens_CxB.T
 

@@ -52,9 +52,25 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """[B, ...] split along B."""
-    return NamedSharding(mesh, PartitionSpec(dict(RULES)["batch"]))
+def platform_of(mesh: Mesh) -> str:
+    """The platform of the devices, as JAX names it: "cpu", "gpu", "tpu"."""
+    return mesh.devices.flat[0].platform
+
+
+def count_shards(mesh: Mesh) -> int:
+    """How many devices share a batch, each with windows of its own."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def split_batch(x: Any, mesh: Mesh | None) -> Any:
+    """Arrays [B, ...] split along B alone, and their gradients too; without a mesh as they are.
+
+    Parameters are split over fsdp along their width. Activations must say that they are not: with nothing to
+    choose between the two, XLA gave up splitting the batch and summed whole activations over the devices.
+    """
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(dict(RULES)["batch"])))
 
 
 def param_shardings(mesh: Mesh, boxed_params: Any) -> Any:

@@ -5,14 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from gpt_jax.batches import micro_batch_size, train_batch
 from gpt_jax.config import Config
 from gpt_jax.loss import batch_loss
 from gpt_jax.model import GPT, Params
 from gpt_jax.optimizer import count_skipped
-from gpt_jax.sharding import batch_sharding, replicated
+from gpt_jax.sharding import count_shards, platform_of, replicated, split_batch
 from gpt_jax.train_state import TrainState
 
 # Independent streams of random numbers, each folded into the key of the seed.
@@ -62,7 +61,7 @@ def train_step(
     config: Config,
     model: GPT,
     optimizer: optax.GradientTransformation,
-    mesh: Mesh,
+    param_shardings: Any = None,
 ) -> tuple[TrainState, Metrics, Metrics]:
     """One update, left out where a loss, a gradient or an updated parameter is not finite.
 
@@ -70,19 +69,24 @@ def train_step(
         state: what to update.
         tokens_N: the training split.
         seed: of the run, a uint32 scalar.
-        config, model, optimizer, mesh: what to train and where.
+        config, model, optimizer: what to train; `model.mesh` says where.
+        param_shardings: where each parameter lies, and so its gradient; None leaves it to the compiler.
 
     Returns:
         The new state; "loss", "grad_norm" and "skipped"; and "grad_norms" and "finite", a tree each: see
         `make_train_steps`.
     """
     train, context = config.train, config.model.context
-    n_shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    accumulate = train.batch_size // micro_batch_size(train, context, n_shards)
+    mesh = model.mesh
+    assert mesh is not None
+    size = micro_batch_size(train, context, count_shards(mesh), platform_of(mesh))
+    accumulate = train.batch_size // size
     batch = train_batch(stream(seed, BATCH_STREAM), state.step, tokens_N, train.batch_size, context)
-    inputs_BxT, targets_BxT = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
+    inputs_BxT, targets_BxT = split_batch(batch, mesh)
     dropout_key = jax.random.fold_in(stream(seed, DROPOUT_STREAM), state.step)
     loss, gradient = loss_and_gradient(state.params, model, inputs_BxT, targets_BxT, dropout_key, accumulate)
+    if param_shardings is not None:
+        gradient = jax.lax.with_sharding_constraint(gradient, param_shardings)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
@@ -108,14 +112,13 @@ def make_train_steps(
     config: Config,
     model: GPT,
     optimizer: optax.GradientTransformation,
-    mesh: Mesh,
     state: TrainState,
     max_steps: int,
 ) -> TrainSteps:
     """Build the compiled function of the training loop.
 
     Args:
-        config, model, optimizer, mesh: what to train and where.
+        config, model, optimizer: what to train; `model.mesh` says where.
         state: the state, or its abstract twin: only shardings are read.
         max_steps: M, the most updates that one call can do.
 
@@ -132,6 +135,8 @@ def make_train_steps(
         - "finite": for each array of the parameters whether the last step's update left all of it finite.
     """
 
+    shardings: Any = jax.tree.map(lambda leaf: leaf.sharding, state)
+
     def train_steps(
         state: TrainState, tokens_N: jax.Array, seed: jax.Array, n_steps: jax.Array
     ) -> tuple[TrainState, Metrics]:
@@ -145,7 +150,9 @@ def make_train_steps(
 
         def body(carry: tuple[jax.Array, TrainState, Metrics, Metrics]) -> tuple[Any, ...]:
             i, state, history, _ = carry
-            state, metrics, by_array = train_step(state, tokens_N, seed, config, model, optimizer, mesh)
+            state, metrics, by_array = train_step(
+                state, tokens_N, seed, config, model, optimizer, shardings.params
+            )
             history = {name: history[name].at[i].set(metrics[name]) for name in history}
             return i + 1, state, history, by_array
 
@@ -162,8 +169,8 @@ def make_train_steps(
         _, state, history, by_array = jax.lax.while_loop(goes_on, body, carry)
         return state, {**history, **by_array, "steps": state.step - first_step}
 
-    shardings: Any = jax.tree.map(lambda leaf: leaf.sharding, state)
-    everywhere = replicated(mesh)
+    assert model.mesh is not None
+    everywhere = replicated(model.mesh)
     return jax.jit(
         train_steps,
         in_shardings=(shardings, everywhere, everywhere, everywhere),

@@ -54,7 +54,7 @@ from gpt_jax.resume import resolve_run_dtype, restore_newest, settle, state_item
 from gpt_jax.run import checkpoint_folder
 from gpt_jax.sampler import generate_tokens
 from gpt_jax.sampling import make_rules
-from gpt_jax.sharding import batch_sharding, make_mesh, replicated
+from gpt_jax.sharding import make_mesh, replicated
 from gpt_jax.signals import stop_signals
 from gpt_jax.train_state import TrainState, abstract_params, abstract_state, count_params, init_state
 from gpt_jax.train_step import INIT_STREAM, SAMPLE_STREAM, Metrics, TrainSteps, make_train_steps, stream
@@ -122,7 +122,7 @@ class _Trainer:
         self.corpus = corpus
         self.checkpoints = checkpoints
         self.tensorboard = tensorboard
-        self.model = GPT(config.model, corpus.tokenizer.vocab_size)
+        self.model = GPT(config.model, corpus.tokenizer.vocab_size, mesh=mesh)
         self.optimizer = make_optimizer(config.optimizer, config.train.steps)
         self.keep_ema = config.optimizer.ema_decay > 0
         self.schedule = make_schedule(config.optimizer, config.train.steps, config.optimizer.learning_rate)
@@ -202,9 +202,7 @@ class _Trainer:
 
     def _compile(self, state: TrainState, tokens_N: jax.Array) -> TrainSteps:
         with compiling("training steps"):
-            steps = make_train_steps(
-                self.config, self.model, self.optimizer, self.mesh, state, MAX_STEPS_PER_CALL
-            )
+            steps = make_train_steps(self.config, self.model, self.optimizer, state, MAX_STEPS_PER_CALL)
             return steps.lower(state, tokens_N, np.uint32(self.config.seed), np.int32(1)).compile()
 
     def _loop(
@@ -216,9 +214,7 @@ class _Trainer:
     ) -> None:
         train = self.config.train
         tokens_per_step = train.batch_size * self.config.model.context
-        loss_of_tokens = make_loss_of_tokens(
-            self.model, train.batch_size // train.accumulate, batch_sharding(self.mesh)
-        )
+        loss_of_tokens = make_loss_of_tokens(self.model, train.batch_size // train.accumulate)
         steps_per_call, calls, promised = 1, 0, False
         saved_at = time.monotonic()
 
@@ -350,7 +346,7 @@ class _Trainer:
 
     def _sample(self, state: TrainState) -> str:
         pieces = generate_tokens(
-            self.model.clone(stacked=False),
+            self.model.clone(stacked=False, mesh=None),
             jax.jit(unstack_layers)(state.eval_params),
             np.zeros((1, 1), np.int32),  # the first character of the vocabulary: the line end, mostly
             self.config.train.sample_length,

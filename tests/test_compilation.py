@@ -192,10 +192,10 @@ def test_one_program_serves_every_seed(tiny_config):
         config = replace(tiny_config(model={"dropout": 0.1}), seed=seed)
         corpus = load_corpus(config.data.file, config.model.context, config.data.train_fraction)
         mesh = make_mesh(config.mesh)
-        model = GPT(config.model, corpus.tokenizer.vocab_size)
+        model = GPT(config.model, corpus.tokenizer.vocab_size, mesh=mesh)
         optimizer = make_optimizer(config.optimizer, config.train.steps)
         state = abstract_state(model, optimizer, False, mesh)
-        steps = make_train_steps(config, model, optimizer, mesh, state, 10)
+        steps = make_train_steps(config, model, optimizer, state, 10)
         return steps.lower(state, corpus.train, np.uint32(seed), np.int32(1)).as_text()
 
     assert program(1337) == program(2**32 - 1)

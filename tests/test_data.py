@@ -111,12 +111,12 @@ def test_a_batch_is_a_pure_function_of_key_and_step():
 )  # fmt: skip
 def test_micro_batches_on_a_cpu(batch_size, accumulate, context, n_shards, wanted):
     train = TrainConfig(batch_size=batch_size, accumulate=accumulate)
-    assert micro_batch_size(train, context, n_shards) == wanted
+    assert micro_batch_size(train, context, n_shards, "cpu") == wanted
 
 
 def test_a_batch_that_devices_cannot_share_is_named():
     with pytest.raises(UserError, match="leaves 6 windows, which 8 devices cannot share equally"):
-        micro_batch_size(TrainConfig(batch_size=6), 16, n_shards=8)
+        micro_batch_size(TrainConfig(batch_size=6), 16, 8, "cpu")
 
 
 @pytest.mark.parametrize("n_tokens, batch_size", [(1000, 16), (100, 7), (26, 50), (10, 3), (9, 8)])

@@ -314,7 +314,7 @@ def test_a_model_that_is_only_rewritten_can_be_read(copy):
     """So it is the harm that the next test sees refused."""
     before = (copy / MODEL).read_bytes()
     rewrite(copy, lambda a, f: a[UP].fill(0))
-    set_model(copy, remat=True)
+    set_model(copy, remat="block")
     run = gpt_jax.load(copy)
     assert not run.params["block_1"]["mlp"]["up"]["kernel"].any() and (copy / MODEL).read_bytes() != before
 

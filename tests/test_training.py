@@ -19,7 +19,7 @@ from gpt_jax.model import GPT
 from gpt_jax.optimizer import make_optimizer
 from gpt_jax.resume import state_items
 from gpt_jax.run import checkpoint_folder, load
-from gpt_jax.sharding import batch_sharding, make_mesh, replicated
+from gpt_jax.sharding import make_mesh, replicated
 from gpt_jax.train_state import abstract_state, init_state
 from gpt_jax.train_step import INIT_STREAM, make_train_steps, stream
 
@@ -34,7 +34,7 @@ MESHES = {
 def make_parts(config: Config):
     corpus = load_corpus(config.data.file, config.model.context, config.data.train_fraction)
     mesh = make_mesh(config.mesh)
-    model = GPT(config.model, corpus.tokenizer.vocab_size)
+    model = GPT(config.model, corpus.tokenizer.vocab_size, mesh=mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     return corpus, mesh, model, optimizer
 
@@ -44,13 +44,13 @@ def run_steps(config: Config, calls=(4,)):
     corpus, mesh, model, optimizer = make_parts(config)
     keep_ema = config.optimizer.ema_decay > 0
     state = init_state(model, optimizer, keep_ema, mesh, stream(config.seed, INIT_STREAM))
-    train_steps = make_train_steps(config, model, optimizer, mesh, state, 10)
+    train_steps = make_train_steps(config, model, optimizer, state, 10)
     tokens = jax.device_put(corpus.train, replicated(mesh))
     losses = []
     for n in calls:
         state, metrics = train_steps(state, tokens, np.uint32(config.seed), n)
         losses += metrics["loss"][:n].tolist()
-    val = make_loss_of_tokens(model, 8, batch_sharding(mesh))(state.eval_params, corpus.val)
+    val = make_loss_of_tokens(model, 8)(state.eval_params, corpus.val)
     return losses, val, state
 
 
@@ -125,7 +125,7 @@ def test_the_moving_average_follows_its_definition(tiny_config):
     config = tiny_config(optimizer={"ema_decay": 0.25})
     corpus, mesh, model, optimizer = make_parts(config)
     state = init_state(model, optimizer, True, mesh, stream(config.seed, INIT_STREAM))
-    train_steps = make_train_steps(config, model, optimizer, mesh, state, 10)
+    train_steps = make_train_steps(config, model, optimizer, state, 10)
     average = np.asarray(state.params["final_norm"]["scale"])
     for decay in (1 / 10, 2 / 11, 0.25, 0.25):
         state, _ = train_steps(state, corpus.train, np.uint32(config.seed), 1)
