@@ -8,9 +8,11 @@ from conftest import draw
 from gpt_jax.config import REPOSITORY
 
 ORDER = [
-    "output", "errors", "config", "backend", "tokenizer", "corpus", "batches", "model", "loss", "optimizer",
-    "sharding", "train_state", "train_step", "integrity", "compilation", "lock", "metrics", "checkpoint",
+    "output", "errors", "config", "chips", "backend", "tokenizer", "corpus", "batches", "sharding", "dropout",
+    "model", "loss", "optimizer", "hlo", "train_state", "train_step", "integrity", "compilation", "lock",
+    "metrics", "checkpoint",
     "metadata", "exported", "sampling", "sampler", "run", "signals", "report", "resume", "trainer",
+    "command_line", "topologies", "compile",
     "evaluate", "export", "write_samples",
 ]  # fmt: skip
 PACKAGE = REPOSITORY / "gpt_jax"

@@ -1,0 +1,139 @@
+"""What devices exchange: read from the programs that the compiler made, since losses do not show it."""
+
+import importlib.util
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+
+from gpt_jax.config import Config
+from gpt_jax.hlo import Program
+from gpt_jax.loss import window_losses
+from gpt_jax.model import GPT
+from gpt_jax.optimizer import make_optimizer
+from gpt_jax.sharding import make_mesh, replicated
+from gpt_jax.topologies import describe_topology
+from gpt_jax.train_state import abstract_state
+from gpt_jax.train_step import make_train_steps
+
+# No array but an activation has an axis of the context: positions are rotated, not learned. The vocabulary is
+# smaller than the context: where a device looks up fewer tokens than the table has rows, the compiler moves
+# what was found instead of the table, which is less.
+BATCH, CONTEXT, VOCAB = 16, 48, 40
+MODEL = {
+    "n_layer": 3, "n_head": 4, "d_model": 64, "d_mlp": 160, "context": CONTEXT, "position": "rope",
+    "dropout": 0.1, "attention_dropout": 0.1,
+}  # fmt: skip
+MESHES = {
+    "data": {"data": 8},
+    "tensor": {"data": 4, "tensor": 2},
+    "fsdp": {"fsdp": 8},
+    "all": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+PLATFORMS = ["cpu", pytest.param("tpu", marks=TPU)]
+VARIANTS = {
+    "": {},
+    "rolled": {"model": {"unroll": "no", "remat": "elementwise"}},
+    "micro-batches": {"train": {"accumulate": 2}},
+}
+
+
+@cache
+def compiled(platform, mesh_name, variant="", evaluation=False):
+    """The program for eight devices, and the abstract state."""
+    devices = jax.devices() if platform == "cpu" else describe_topology("v5e:2x4")[1]
+    rolled = {"unroll": "no", "remat": "elementwise"} if platform == "tpu" else {"unroll": "yes"}
+    more = VARIANTS[variant]
+    config = Config.from_dict({
+        "model": MODEL | rolled | {"dtype": "float32"} | more.get("model", {}),
+        "train": {"batch_size": BATCH, "accumulate": 1} | more.get("train", {}),
+        "mesh": MESHES[mesh_name],
+    })  # fmt: skip
+    mesh = make_mesh(config.mesh, devices)
+    model = GPT(config.model, VOCAB, mesh=mesh)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    state = abstract_state(model, optimizer, False, mesh)
+    tokens = jax.ShapeDtypeStruct((10_000,), np.uint8, sharding=replicated(mesh))
+    if evaluation:
+        windows = jax.ShapeDtypeStruct((2, BATCH, CONTEXT), np.int32, sharding=replicated(mesh))
+        return window_losses.lower(model, state.params, *[windows] * 3).compile(), state
+    steps = make_train_steps(config, model, optimizer, state, 10)
+    return steps.lower(state, tokens, np.uint32(0), np.int32(1)).compile(), state
+
+
+def exchanged(program):
+    """(kind, dimensions) of each array of floating-point numbers that a program exchanges."""
+    arrays = set()
+    for kind, shapes in Program(program.as_text()).costs().collectives:
+        for shape in shapes.split():
+            dtype, dims = shape.rstrip("]").split("[") if "[" in shape else ("", "")
+            if dtype in ("f32", "bf16"):
+                arrays.add((kind, tuple(int(n) for n in dims.split(","))))
+    return arrays
+
+
+def activations(program):
+    """Of these, those with the axis of the context, or of all tokens of a window."""
+    return {(kind, dims) for kind, dims in exchanged(program) if CONTEXT in dims}
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_data_copies_exchange_gradients_alone(platform, variant):
+    program, _ = compiled(platform, "data", variant)
+    assert not activations(program)
+    kinds = {kind for kind, _ in exchanged(program)}
+    assert kinds == {"all-reduce"}
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fsdp_gathers_parameters_and_moves_no_activation(platform, variant):
+    program, _ = compiled(platform, "fsdp", variant)
+    assert not activations(program)
+    gathering = {"all-gather", "collective-permute"}  # a TPU gathers in a ring, while it multiplies
+    assert gathering & {kind for kind, _ in exchanged(program)}
+    assert not any(kind == "all-to-all" for kind, _ in exchanged(program))
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("mesh_name, share", [("tensor", 4), ("all", 4)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_split_layers_sum_activations_of_their_own_windows(platform, mesh_name, share, variant):
+    program, _ = compiled(platform, mesh_name, variant)
+    windows = BATCH // share // VARIANTS[variant].get("train", {}).get("accumulate", 1)
+    moved = activations(program)
+    assert moved and {kind for kind, _ in moved} <= {"all-reduce", "reduce-scatter", "all-gather"}
+    assert all(windows in dims and BATCH not in dims for _, dims in moved), moved
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_evaluation_moves_no_activation(platform):
+    for mesh_name in ("data", "fsdp"):
+        program, _ = compiled(platform, mesh_name, evaluation=True)
+        assert not activations(program)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_fsdp_splits_every_matrix_and_its_moments(platform):
+    program, state = compiled(platform, "fsdp")
+    (found, *_), _ = program.input_shardings
+    wanted = jax.tree.map(lambda leaf: leaf.sharding, state)
+    jax.tree.map(
+        lambda leaf, a, b: a.is_equivalent_to(b, leaf.ndim) or pytest.fail(f"{leaf}"), state, found, wanted
+    )
+    for leaf in jax.tree.leaves(state):
+        if MODEL["d_model"] in leaf.shape and leaf.ndim > 2:
+            assert leaf.sharding.shard_shape(leaf.shape) != leaf.shape, leaf
+    n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert program.memory_analysis().argument_size_in_bytes < 0.16 * n_bytes + 20_000
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_fsdp_takes_hardly_more_memory_than_data_copies(platform):
+    def temporaries(mesh_name):
+        return compiled(platform, mesh_name)[0].memory_analysis().temp_size_in_bytes
+
+    assert temporaries("fsdp") <= 1.3 * temporaries("data")
