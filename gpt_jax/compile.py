@@ -160,8 +160,8 @@ def describe_report(report: Report, chip: Chip, flops: float | None) -> str:
         f"{report.name:<11}compiled in {report.compile_seconds:.1f} s; code {_size(report.code)}, arguments "
         f"{_size(report.arguments)}, temporaries {_size(report.temporaries)}: {_size(report.in_all)} of "
         f"{_size(chip.memory)}",
-        f"           {report.unit}: {flops / 1e9:,.1f} GFLOP ({1e3 * arithmetic:.3f} ms), "
-        f"{_size(costs.bytes_moved)} moved ({1e3 * traffic:.3f} ms), {binds} binds; "
+        f"           {report.unit}: {flops / 1e9:,.4g} GFLOP ({1e3 * arithmetic:.3g} ms), "
+        f"{_size(costs.bytes_moved)} moved ({1e3 * traffic:.3g} ms), {binds} binds; "
         f"{costs.kernels:,.0f} kernels",
     ]
     if costs.custom_calls:

@@ -167,6 +167,7 @@ class Terminal:
             "loss": f"{record['train_loss']:.3f}",
             "val": "-" if val_loss is None else f"{val_loss:.3f}",
             "tok/s": f"{record['tokens_per_second']:,.0f}",
+            **({"mfu": f"{record['mfu']:.0%}"} if "mfu" in record else {}),
         }
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)

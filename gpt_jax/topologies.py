@@ -1,12 +1,12 @@
 """Devices that are not here, to compile for: TPU slices by libtpu, NVIDIA GPUs by JAX's CUDA plugin."""
 
-import importlib.util
 import logging
 import math
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -65,7 +65,7 @@ def _tpus(topology: str, shape: str) -> Sequence[Any]:
 
     if not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise UserError(f"topology = {topology!r} must end in a shape, such as {_EXAMPLES}")
-    if importlib.util.find_spec("libtpu") is None:
+    if find_spec("libtpu") is None:
         raise UserError("libtpu is not installed, which compiles for TPUs: pip install -e '.[aot]'")
     for name, value in _NO_TPU_HERE.items():
         os.environ.setdefault(name, value)
@@ -83,7 +83,7 @@ def _gpus(topology: str, name: str, count: str) -> Sequence[Any]:
 
     if not re.fullmatch(r"[1-9]\d{0,3}", count):
         raise UserError(f"topology = {topology!r} must end in a number of GPUs, such as {name}:8")
-    if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
+    if find_spec("jax_plugins") is None or find_spec("jax_plugins.xla_cuda12") is None:
         raise UserError(
             "JAX's CUDA plugin is not installed, which compiles for NVIDIA GPUs: pip install -e '.[aot-cuda]'"
         )
@@ -98,14 +98,12 @@ def _gpus(topology: str, name: str, count: str) -> Sequence[Any]:
 
 
 def _load_plugins() -> None:
-    """JAX loads them with its backends; to compile, the plugin is enough, and a GPU is not asked for."""
-    from jax._src import xla_bridge
-
-    logger = logging.getLogger(xla_bridge.__name__)
+    """JAX loads them with its first backend, which is the CPU's here."""
+    logger = logging.getLogger("jax._src.xla_bridge")
     level = logger.level
-    logger.setLevel(logging.CRITICAL)  # the plugin complains that there is no GPU
+    logger.setLevel(logging.CRITICAL)  # the CUDA plugin complains that there is no GPU
     try:
-        xla_bridge.discover_pjrt_plugins()
+        jax.devices()
     finally:
         logger.setLevel(level)
 

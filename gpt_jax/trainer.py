@@ -17,6 +17,7 @@ import numpy as np
 
 from gpt_jax.backend import check_backend
 from gpt_jax.checkpoint import Checkpoints
+from gpt_jax.chips import flops_per_token, utilization
 from gpt_jax.compilation import compiling
 from gpt_jax.config import Config
 from gpt_jax.corpus import Corpus, load_corpus
@@ -306,8 +307,16 @@ class _Trainer:
             "learning_rate": float(self.schedule(self.step - 1 - self.skipped)),
             "grad_norm": grad_norm,
             "tokens_per_second": round(tokens_per_second, 1),
+            **self._utilization(tokens_per_second),
             **({"skipped": self.skipped} if self.config.optimizer.skip_above else {}),
         }
+
+    def _utilization(self, tokens_per_second: float) -> Record:
+        """MFU where the device's peak is known; it is a peak of bfloat16 arithmetic."""
+        flops = flops_per_token(self.config.model, self.corpus.tokenizer.vocab_size)
+        device = self.mesh.devices.flat[0]
+        mfu = utilization(tokens_per_second, flops, device.device_kind, self.mesh.size)
+        return {} if mfu is None or self.dtype != "bfloat16" else {"mfu": round(mfu, 4)}
 
     def _write(self, record: Record) -> None:
         for sink in self.sinks:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import MODERN
 
-from gpt_jax import backend, report, trainer
+from gpt_jax import backend, chips, report, trainer
 from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.config import Config
 from gpt_jax.corpus import load_corpus
@@ -264,6 +264,23 @@ def test_another_precision_is_taken_where_the_settings_ask_for_it(tiny_config, t
     assert metadata_of(tmp_path)["compute_dtype"] == "bfloat16"
     assert trainer.train(tiny_config(train={"steps": 28}), tmp_path) == 0
     assert "dtype   keeping bfloat16, the precision of the checkpoint" in capsys.readouterr().out
+
+
+def test_utilization_is_recorded_where_the_peak_of_the_device_is_known(tiny_config, tmp_path, monkeypatch):
+    chip = chips.Chip("here", ("cpu",), memory=1e9, flops=1e9, bandwidth=1e9)
+    monkeypatch.setattr(chips, "CHIPS", (chip,))
+    for dtype in ("bfloat16", "float32"):
+        config = tiny_config(model={"dtype": dtype}, train={"steps": 5})
+        assert trainer.train(config, tmp_path / dtype) == 0
+        (record,) = read_metrics(tmp_path / dtype / "metrics.jsonl")
+        if dtype == "bfloat16":
+            vocab_size = load(tmp_path / dtype).tokenizer.vocab_size
+            flops = chips.flops_per_token(config.model, vocab_size)
+            assert record["mfu"] == pytest.approx(
+                record["tokens_per_second"] * flops / 1e9, rel=1e-3, abs=1e-4
+            )
+        else:
+            assert "mfu" not in record
 
 
 def test_the_best_checkpoint_outlives_worse_ones(tiny_config, text_file, tmp_path):

@@ -1,0 +1,143 @@
+"""`python -m gpt_jax.compile`: the chip table, the errors, and with libtpu what it says of a small model."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+from test_commands import environment
+
+from gpt_jax import compile as command
+from gpt_jax import topologies
+from gpt_jax.chips import CHIPS, find_chip, flops_per_token, utilization
+from gpt_jax.config import REPOSITORY, Config, MeshConfig, ModelConfig
+from gpt_jax.errors import UserError
+from gpt_jax.model import GPT
+from gpt_jax.sharding import make_mesh
+from gpt_jax.train_state import abstract_params, name_leaves
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+needs_cuda = pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None
+    or importlib.util.find_spec("jax_plugins.xla_cuda12") is None,
+    reason="needs JAX's CUDA plugin",
+)
+
+
+def compile_it(*flags, config="smoke"):
+    return subprocess.run(
+        [sys.executable, "-m", "gpt_jax.compile", f"--config={REPOSITORY}/configs/{config}.py", *flags],
+        env=environment(), capture_output=True, text=True, timeout=300, cwd=REPOSITORY,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v5p", "v5p"), ("TPU v4", "v4"), ("TPU v6 lite", "v6e"),
+     ("NVIDIA A100-SXM4-40GB", "a100-40gb"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA H200", "h200"),
+     ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA B200", "b200"), ("cpu", None), ("Tesla T4", None)],
+)  # fmt: skip
+def test_a_chip_is_found_by_what_jax_calls_it(kind, name):
+    chip = find_chip(kind)
+    assert (chip and chip.name) == name
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_flops_are_six_for_each_weight_of_a_product_and_attention(activation):
+    config = ModelConfig(n_layer=3, activation=activation, tied_embedding=False)
+    params = abstract_params(GPT(config, 65), make_mesh(MeshConfig(data=1)))
+    weights = sum(leaf.size for name, leaf in name_leaves(params).items() if name.endswith("kernel"))
+    assert flops_per_token(config, 65) == 6 * weights + 12 * 3 * 256 * 384
+
+
+def test_utilization_is_a_part_of_the_peak():
+    assert utilization(1e6, 100_000_000, "TPU v5 lite", 1) == pytest.approx(1e14 / 197e12)
+    assert utilization(1e6, 100_000_000, "TPU v5 lite", 4) == pytest.approx(1e14 / 197e12 / 4)
+    assert utilization(1e6, 100_000_000, "cpu", 1) is None
+
+
+@pytest.mark.parametrize(
+    "topology, message",
+    [("v9:1x1", "unknown chip 'v9'; known: v4, v5e"), ("a100-40gb:1", "unknown chip 'a100-40gb'"),
+     ("v5e", "must end in a shape"), ("v5e:8", "must end in a shape"), ("h100:0", "must end in a number"),
+     ("h100:2x2", "must end in a number")],
+)  # fmt: skip
+def test_a_bad_topology_is_one_line(topology, message):
+    with pytest.raises(UserError, match=message):
+        topologies.describe_topology(topology)
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(topologies, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"libtpu is not installed.* pip install -e '\.\[aot\]'"):
+        topologies.describe_topology("v5e:1x1")
+    with pytest.raises(UserError, match=r"CUDA plugin is not installed.* pip install -e '\.\[aot-cuda\]'"):
+        topologies.describe_topology("h100:1")
+    monkeypatch.setattr(jax, "__version_info__", (0, 7, 2))
+    with pytest.raises(UserError, match=r"needs JAX \d+\.\d+\.\d+ or newer; this is"):
+        topologies.describe_topology("v5e:1x1")
+
+
+def test_the_first_setting_to_change_when_memory_is_short():
+    def advice(n_devices=1, **groups):
+        return command.what_to_change(Config.from_dict(groups), n_devices)
+
+    assert "--config.train.accumulate=2" in advice(train={"batch_size": 12, "accumulate": 1})
+    assert "--config.train.accumulate=6" in advice(train={"batch_size": 12, "accumulate": 3})
+    assert "--config.model.remat=block" in advice(train={"batch_size": 12, "accumulate": 12})
+    assert "--config.model.remat=block" in advice(8, train={"batch_size": 8, "accumulate": 1})
+    assert "--config.mesh.fsdp" in advice(
+        train={"batch_size": 12, "accumulate": 12}, model={"remat": "block"}
+    )
+
+
+def test_flags_are_checked():
+    done = compile_it()
+    assert done.returncode == 2
+    assert done.stderr == "error: --topology is missing: try --topology v5e:1x1\n"
+    shown = compile_it("--help")
+    assert shown.returncode == 0 and "--topology" in shown.stdout and "--config" in shown.stdout
+
+
+@needs_libtpu
+def test_a_small_model_is_compiled_for_a_tpu(tmp_path):
+    done = compile_it("--topology=v5e:2x2", f"--json={tmp_path}/out.json", "--config.mesh.fsdp=2")
+    assert done.returncode == 0, done.stderr
+    assert "4 x v5e (16 GB, 197 TFLOP/s bfloat16, 819 GB/s), mesh 2 data x 2 fsdp x 1 tensor" in done.stdout
+    values = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    programs = {program["name"]: program for program in values["programs"]}
+    assert list(programs) == ["train", "evaluation", "prefill", "decode"]
+    config = ModelConfig(n_layer=1, n_head=2, d_model=32, context=32)
+    formula = 8 * 32 / 4 * flops_per_token(config, 65)
+    assert programs["train"]["costs"]["flops"] == pytest.approx(formula, rel=0.3)
+    assert programs["train"]["costs"]["collectives"] and not programs["decode"]["costs"]["collectives"]
+    assert all(program["in_all"] > program["arguments"] > 0 for program in values["programs"])
+
+
+@needs_libtpu
+def test_what_does_not_fit_is_one_line_with_the_setting_to_change():
+    done = compile_it(
+        "--topology=v5e:1x1", "--programs=train", "--config.model.context=8192",
+        "--config.train.batch_size=64", "--config.train.accumulate=1",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "--config.train.accumulate=2" in done.stderr.splitlines()[-1], done.stderr
+    done = compile_it("--topology=v5e:1x1", "--config.mesh.fsdp=8")
+    assert done.returncode == 2 and "mesh.fsdp" in done.stderr
+
+
+@needs_cuda
+def test_a_small_model_is_compiled_for_a_gpu():
+    done = compile_it("--topology=h100:2")
+    assert done.returncode == 0, done.stderr
+    assert "2 x h100 (80 GB" in done.stdout and "all-reduce" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_the_table_is_sorted_out():
+    """Of two chips that fit one kind, the more particular one comes first."""
+    for place, chip in enumerate(CHIPS):
+        for kind in chip.kinds:
+            assert find_chip(kind) is chip, (place, kind)
