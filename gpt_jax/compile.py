@@ -181,6 +181,7 @@ def main() -> int:
     if flags.FLAGS.topology is None:
         raise UserError("--topology is missing: try --topology v5e:1x1")
     jax.config.update("jax_platforms", "cpu")  # what is here is not asked
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot read programs that cannot run
     # Kernels are chosen by rules instead of by timing them on a GPU.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
     chip, devices = describe_topology(flags.FLAGS.topology)

@@ -20,6 +20,8 @@ FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
     "replica-id", "iota", "opt-barrier", "add-dependency", "domain",
 )  # fmt: skip
+# Custom calls that are notes of the compiler for TPUs to itself, and run nothing.
+NOTES = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast")
 _BYTES = {"pred": 1, "token": 0, "opaque": 0, "c64": 8, "c128": 16}
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -182,7 +184,9 @@ class Program:
                     names += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", instruction.attributes)
                     for branch in names:
                         yield from self._executed(branch, times)
-                case opcode if opcode not in FREE and not opcode.endswith("-done"):
+                case opcode if (
+                    opcode not in FREE and not opcode.endswith("-done") and not _is_note(instruction)
+                ):
                     yield instruction, computation, times
 
     def _add(self, costs: Costs, instruction: Instruction, computation: Computation, times: int) -> None:
@@ -190,13 +194,14 @@ class Program:
         costs.bytes_moved += times * self._bytes_moved(instruction, computation)
         for part, home in self._within(instruction, computation):
             costs.flops += times * _flops(part, home)
+            if _is_note(part):
+                continue
             kind = part.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 shapes = _moved(part, home)
                 costs.collectives[kind, describe_shapes(shapes)] += times * sum(s.n_bytes for s in shapes)
             elif kind == "custom-call":
-                target = re.search(r'custom_call_target="([^"]*)"', part.attributes)
-                costs.custom_calls[target[1] if target else "?"] += times
+                costs.custom_calls[_target(part)] += times
 
     def _within(
         self, instruction: Instruction, computation: Computation
@@ -231,8 +236,6 @@ class Program:
                 return sum(places) * min(shape.n_bytes for shape in instruction.shapes[:2])
             case opcode if opcode.endswith("-start"):
                 return sum(_main_bytes(shape) for shape in instruction.shapes)
-            case "custom-call" if 'custom_call_target="AllocateBuffer"' in instruction.attributes:
-                return 0
         return written + sum(_all_bytes(operand) for operand in operands)
 
     def _read_bytes(self, parameter: Instruction, fused: Computation) -> int:
@@ -305,6 +308,15 @@ def _closing(text: str) -> int:
         if depth == 0:
             return place + 1
     return len(text)
+
+
+def _target(call: Instruction) -> str:
+    found = re.search(r'custom_call_target="([^"]*)"', call.attributes)
+    return found[1] if found else "?"
+
+
+def _is_note(instruction: Instruction) -> bool:
+    return instruction.opcode == "custom-call" and _target(instruction) in NOTES
 
 
 def _main_bytes(shape: Shape) -> int:
