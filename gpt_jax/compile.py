@@ -40,13 +40,14 @@ from gpt_jax.sharding import make_mesh, platform_of, replicated
 from gpt_jax.topologies import describe_topology
 from gpt_jax.train_state import abstract_params, abstract_state
 from gpt_jax.train_step import make_train_steps
+from gpt_jax.trainer import MAX_STEPS_PER_CALL
 
-MAX_STEPS_PER_CALL = 100  # as in training
+PROGRAMS = ("train", "evaluation", "prefill", "decode")
 
 flags.declare_key_flag("config")
 flags.DEFINE_string("topology", None, "The devices: v5e:1x1, v5e:2x4, v6e:2x2, v4:2x2x1, h100:1, h100:8 ...")
 flags.DEFINE_integer("rows", 1, "Texts that are sampled at once.", lower_bound=1)
-flags.DEFINE_list("programs", None, "Only these: train, evaluation, prefill, decode.")
+flags.DEFINE_list("programs", list(PROGRAMS), "Which programs.")
 flags.DEFINE_string("json", None, "A file for the numbers.")
 
 
@@ -180,6 +181,9 @@ def main() -> int:
     _, config = parse(sys.argv)
     if flags.FLAGS.topology is None:
         raise UserError("--topology is missing: try --topology v5e:1x1")
+    for name in flags.FLAGS.programs:
+        if name not in PROGRAMS:
+            raise UserError(f"programs = {name!r} must be among {', '.join(PROGRAMS)}")
     jax.config.update("jax_platforms", "cpu")  # what is here is not asked
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot read programs that cannot run
     # Kernels are chosen by rules instead of by timing them on a GPU.
@@ -198,7 +202,7 @@ def main() -> int:
     )
     reports = []
     for name, unit, n_units, lower in lower_programs(config, corpus, mesh, flags.FLAGS.rows):
-        if flags.FLAGS.programs and name not in flags.FLAGS.programs:
+        if name not in flags.FLAGS.programs:
             continue
         try:
             report = compile_program(name, unit, n_units, lower)

@@ -93,11 +93,16 @@ def in_compute_dtype(config: ModelConfig, params: Params) -> Params:
     A model casts them at each use; what is used in a loop is better cast once, before it.
     """
     dtype = compute_dtype(config)
+    return jax.tree.map(lambda leaf, cast: leaf.astype(dtype) if cast else leaf, params, is_matrix(params))
 
-    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        return leaf.astype(dtype) if path[-1].key in ("kernel", "embedding") else leaf
 
-    return jax.tree.map_with_path(cast, params)
+def is_matrix(params: Params) -> Params:
+    """True for kernels and embeddings, in the structure of `params`.
+
+    False for what weighs each channel by itself: biases, norms, convolutions, parts of the embedding. By
+    name, since stacking the layers gives every array an axis more.
+    """
+    return jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
 
 
 class GPT(nn.Module):

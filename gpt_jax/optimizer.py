@@ -8,7 +8,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from gpt_jax.config import OptimizerConfig
-from gpt_jax.model import Params
+from gpt_jax.model import Params, is_matrix
 
 # Which axes of a block's kernel are its inputs and which its outputs; the rest (the layer, and which of
 # q, k and v) number matrices of their own.
@@ -132,15 +132,6 @@ def skip_spikes(inner: optax.GradientTransformation, factor: float) -> optax.Gra
 def count_skipped(opt_state: Any) -> jax.Array:
     """How many updates `skip_spikes` has left out so far; 0 where there is none."""
     return opt_state.skipped if isinstance(opt_state, SkipSpikesState) else jnp.int32(0)
-
-
-def is_matrix(params: Params) -> Params:
-    """True for kernels and embeddings, in the structure of `params`.
-
-    False for what weighs each channel by itself: biases, norms, convolutions, parts of the embedding. By
-    name, since stacking the layers gives every array an axis more.
-    """
-    return jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
 
 
 def _muon_or_adam(params: Params) -> Params:

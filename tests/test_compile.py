@@ -97,6 +97,9 @@ def test_flags_are_checked():
     done = compile_it()
     assert done.returncode == 2
     assert done.stderr == "error: --topology is missing: try --topology v5e:1x1\n"
+    done = compile_it("--topology=v5e:1x1", "--programs=train,sample")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: programs = 'sample' must be among train, evaluation")
     shown = compile_it("--help")
     assert shown.returncode == 0 and "--topology" in shown.stdout and "--config" in shown.stdout
 
