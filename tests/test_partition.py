@@ -1,11 +1,13 @@
 """What devices exchange: read from the programs that the compiler made, since losses do not show it."""
 
 import importlib.util
+from contextlib import contextmanager, nullcontext
 from functools import cache
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from gpt_jax.config import Config
 from gpt_jax.hlo import Program
@@ -40,14 +42,23 @@ VARIANTS = {
 }
 
 
-def compiled(platform, mesh_name, variant="", evaluation=False):
-    """The program for eight devices, and the abstract state."""
+@contextmanager
+def no_compilation_cache():
+    """It cannot read programs that cannot be run here. JAX looks at the setting once, then after a reset."""
     kept = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", kept and platform == "cpu")  # where nothing can be run
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
     try:
-        return compile_for(platform, mesh_name, variant, evaluation)
+        yield
     finally:
         jax.config.update("jax_enable_compilation_cache", kept)
+        compilation_cache.reset_cache()
+
+
+def compiled(platform, mesh_name, variant="", evaluation=False):
+    """The program for eight devices, and the abstract state."""
+    with no_compilation_cache() if platform == "tpu" else nullcontext():
+        return compile_for(platform, mesh_name, variant, evaluation)
 
 
 @cache
