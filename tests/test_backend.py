@@ -1,4 +1,9 @@
+import os
+import subprocess
+import sys
+
 import pytest
+from test_commands import environment
 
 from gpt_jax import backend
 from gpt_jax.errors import UserError
@@ -55,3 +60,26 @@ def test_this_device_is_a_cpu():
     assert backend.first_device() == ("cpu", "")
     assert backend.resolve_dtype("auto") == "float32"
     assert backend.resolve_dtype("bfloat16") == "bfloat16"
+
+
+@pytest.mark.skipif(os.cpu_count() < 2 or not os.path.isdir("/proc/self/task"), reason="two cores, Linux")
+def test_deterministic_runs_have_one_thread_for_products():
+    """Whether more threads give other bits depends on the CPU; how many there are does not."""
+    code = """
+import os, sys
+os.sched_setaffinity(0, range(os.cpu_count()))
+from gpt_jax import backend
+if sys.argv[1] == "deterministic":
+    backend.make_deterministic()
+import jax
+(jax.numpy.ones((9, 9)) @ jax.numpy.ones((9, 9))).block_until_ready()
+print(len(os.listdir("/proc/self/task")))
+"""
+
+    def n_threads(which):
+        command = [sys.executable, "-c", code, which]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    assert n_threads("deterministic") <= n_threads("all") - (os.cpu_count() - 1)

@@ -305,16 +305,14 @@ def test_a_spike_is_shown_and_skipped_where_asked(start, text, tmp_path, skip):
 
 @slow
 def test_deterministic_is_one_thread(start, tmp_path):
-    """With all cores at hand, the bits are those of one core."""
+    """With all cores at hand, the bits are those of one core (test_backend counts the threads)."""
     settings = {"model.d_model": 128, "model.context": 64, "train.steps": 4, "train.batch_size": 16,
                 "train.accumulate": 1, "train.eval_every": 4}  # fmt: skip
     use_all = (
         "import os, sys; os.sched_setaffinity(0, range(os.cpu_count())); os.execv(sys.argv[1], sys.argv[1:])"
     )
     all_cores = {"prefix": [sys.executable, "-c", use_all]}
-    runs = {
-        "one": {}, "deterministic": all_cores | {"flags": ["--deterministic"]},
-    }  # fmt: skip
+    runs = {"one": {}, "deterministic": all_cores | {"flags": ["--deterministic"]}}
     for name, options in runs.items():
         training = start(workdir=tmp_path / name, settings=settings, **options)
         assert training.wait() == 0, training.output
