@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from gpt_jax.backend import first_device, resolve_dtype, resolve_model
 from gpt_jax.config import ModelConfig
 from gpt_jax.dropout import dropout
-from gpt_jax.sharding import split_batch
+from gpt_jax.sharding import platform_of, split_batch
 
 Params = Any  # a nested dictionary of arrays
 MOST_BIGRAMS = 2**14  # rows of a table of pairs of tokens; enough for each pair of 127 characters
@@ -258,7 +258,7 @@ class Block(nn.Module):
         if config.embedding_skip:
             part_D = self.param("embedding_skip", _init(0.0, ("embed",)), (config.d_model,))
             x_BxTxD += part_D.astype(x_BxTxD.dtype)[None, None] * embedding_BxTxD
-        attention = CausalSelfAttention(config, name="attention")
+        attention = CausalSelfAttention(config, self.mesh, name="attention")
         y_BxTxD, cache = attention(make_norm(config, "attention_norm")(x_BxTxD), positions_T, cache, seed_2)
         x_BxTxD = split_batch(x_BxTxD + dropout(y_BxTxD, config.dropout, seed_2, 0), self.mesh)
         y_BxTxD = make_norm(config, "mlp_norm")(x_BxTxD)
@@ -272,6 +272,7 @@ class CausalSelfAttention(nn.Module):
     """Every token gathers from itself and the tokens before it."""
 
     config: ModelConfig
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -309,15 +310,17 @@ class CausalSelfAttention(nn.Module):
         # In a cache, places after the last token hold leftovers; the mask hides them too.
         mask_TxS = positions_T[:, None] >= jnp.arange(k_BxHxSxK.shape[2])[None, :]
 
-        if cache is None:
+        def drop(weights_BxHxTxS: jax.Array, block: int) -> jax.Array:
+            return dropout(weights_BxHxTxS, config.attention_dropout, seed_2, 2 + block)
 
-            def drop(weights_BxHxTxS: jax.Array, block: int) -> jax.Array:
-                return dropout(weights_BxHxTxS, config.attention_dropout, seed_2, 2 + block)
-
+        drops_weights = config.attention_dropout > 0 and seed_2 is not None
+        if cache is not None:
+            y_BxHxTxK = attend(q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, mask_TxS)
+        elif not drops_weights and has_fused_attention(config, self.mesh):
+            y_BxHxTxK = attend_fused(q_BxHxTxK, k_BxHxSxK, v_BxHxSxK)
+        else:
             blocks = config.query_blocks
             y_BxHxTxK = attend_in_blocks(q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, mask_TxS, blocks, drop)
-        else:
-            y_BxHxTxK = attend(q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, mask_TxS)
         y_BxTxD = nn.DenseGeneral(
             config.d_model,
             axis=(1, 3),
@@ -421,6 +424,36 @@ def attend_in_blocks(
         for block, (start, end) in enumerate(pairwise(bounds))
     ]
     return jnp.concatenate(blocks, axis=2)
+
+
+def has_fused_attention(config: ModelConfig, mesh: Mesh | None) -> bool:
+    """Whether cuDNN attends for this model: on NVIDIA GPUs, in bfloat16, for the head widths that it knows.
+
+    A TPU has none here: with 256 tokens and heads of 64 channels, Pallas' splash attention made the compiled
+    step move more bytes than the plain one (docs/accelerators.md).
+    """
+    if platform_of_model(mesh) != "gpu" or config.query_blocks > 1:
+        return False
+    qkv = [jax.ShapeDtypeStruct((1, config.context, config.n_head, config.d_head), compute_dtype(config))] * 3
+    try:
+        jax.eval_shape(_causal_cudnn, *qkv)
+    except (RuntimeError, NotImplementedError, ValueError):  # what JAX raises for what cuDNN cannot do
+        return False
+    return True
+
+
+def platform_of_model(mesh: Mesh | None) -> str:
+    """Where the model runs: on the devices of the mesh, without one on the first here."""
+    return first_device()[0] if mesh is None else platform_of(mesh)
+
+
+def attend_fused(q_BxHxTxK: jax.Array, k_BxHxTxK: jax.Array, v_BxHxTxK: jax.Array) -> jax.Array:
+    """`attend` with the causal mask, by a kernel that keeps the weights [T, T] out of memory."""
+    q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = (x.swapaxes(1, 2) for x in (q_BxHxTxK, k_BxHxTxK, v_BxHxTxK))
+    return _causal_cudnn(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK).swapaxes(1, 2)
+
+
+_causal_cudnn = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
 
 
 def attend(

@@ -136,6 +136,7 @@ def test_a_small_model_is_compiled_for_a_gpu():
     done = compile_it("--topology=h100:2")
     assert done.returncode == 0, done.stderr
     assert "2 x h100 (80 GB" in done.stdout and "all-reduce" in done.stdout
+    assert "__cudnn$fmhaSoftmaxBackward" in done.stdout
     assert "Traceback" not in done.stderr
 
 

@@ -11,6 +11,7 @@ import reference
 from conftest import MODELS, VOCAB, apply, init, make_params, small_model
 from flax import linen as nn
 
+from gpt_jax import model as model_module
 from gpt_jax.config import REPOSITORY, Config
 from gpt_jax.loss import batch_loss, token_losses
 from gpt_jax.model import GPT, attend_in_blocks, unstack_layers
@@ -264,3 +265,33 @@ def matrix_products(config):
 
     program = jax.jit(jax.grad(loss)).lower(params, random_tokens(2, 8)).as_text()
     return [line for line in program.splitlines() if "dot_general" in line]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "modern"])
+def test_the_fused_kernel_gets_what_attend_gets(name, monkeypatch):
+    """cuDNN needs a GPU; JAX's reference behind the same function shows layout, scale, mask and gradient."""
+    config = small_model(**MODELS[name] | {"query_blocks": 1})
+    params, model = make_params(config), GPT(config, VOCAB)
+    inputs, targets = random_tokens(3, 8), random_tokens(3, 8, seed=1)
+    calls = []
+
+    def loss_and_gradient():
+        gradient_of = jax.jit(jax.value_and_grad(batch_loss), static_argnums=1)
+        return gradient_of(params, model, inputs, targets, jax.random.key(0))
+
+    def stand_in(*qkv):
+        calls.append(qkv)
+        return jax.nn.dot_product_attention(*qkv, is_causal=True, implementation="xla")
+
+    plain = loss_and_gradient()
+    monkeypatch.setattr(model_module, "_causal_cudnn", stand_in)
+    monkeypatch.setattr(model_module, "platform_of_model", lambda mesh: "gpu")
+    fused = loss_and_gradient()
+    assert calls
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), fused, plain)
+
+
+@pytest.mark.parametrize("options", [{}, {"query_blocks": 2}, {"dtype": "float32"}])
+def test_without_cudnn_the_plain_attention_serves(options, monkeypatch):
+    monkeypatch.setattr(model_module, "platform_of_model", lambda mesh: "gpu")
+    assert not model_module.has_fused_attention(small_model(**{"dtype": "bfloat16"} | options), None)
