@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -138,15 +139,17 @@ def compile_program(name: str, unit: str, n_units: int, lower: Any) -> Report:
     )  # fmt: skip
 
 
-def what_to_change(config: Config, n_devices: int) -> str:
-    """The setting that lowers the memory of a training step most cheaply."""
+def what_to_change(name: str, config: Config, n_devices: int) -> str:
+    """The setting that lowers the memory of a program most cheaply."""
     train, model = config.train, config.model
+    if name in ("prefill", "decode"):
+        return "sample fewer texts at once, with a smaller --rows"
     n_shards = n_devices // config.mesh.tensor
     if train.batch_size // train.accumulate > n_shards:
         more = next(n for n in range(2 * train.accumulate, train.batch_size + 1)
                     if train.batch_size % n == 0 and train.batch_size // n % n_shards == 0)  # fmt: skip
         return f"work through a step in more micro-batches, --config.train.accumulate={more}"
-    if model.remat != "block":
+    if name == "train" and model.remat != "block":
         return "keep fewer activations, --config.model.remat=block"
     return "choose a larger mesh, with --config.mesh.fsdp"
 
@@ -157,13 +160,14 @@ def describe_report(report: Report, chip: Chip, flops: float | None) -> str:
     flops = costs.flops if flops is None else flops
     arithmetic, traffic = least_seconds(chip, flops, costs.bytes_moved)
     binds = "memory" if traffic > arithmetic else "arithmetic"
+    expected = f", {costs.cycles / 1e6:.3g} M cycles by the compiler's estimate" if costs.cycles else ""
     lines = [
         f"{report.name:<11}compiled in {report.compile_seconds:.1f} s; code {_size(report.code)}, arguments "
         f"{_size(report.arguments)}, temporaries {_size(report.temporaries)}: {_size(report.in_all)} of "
         f"{_size(chip.memory)}",
         f"           {report.unit}: {flops / 1e9:,.4g} GFLOP ({1e3 * arithmetic:.3g} ms), "
         f"{_size(costs.bytes_moved)} moved ({1e3 * traffic:.3g} ms), {binds} binds; "
-        f"{costs.kernels:,.0f} kernels",
+        f"{costs.kernels:,.0f} kernels{expected}",
     ]
     if costs.custom_calls:
         calls = ", ".join(f"{n:,.0f} {target}" for target, n in Counter(costs.custom_calls).most_common(5))
@@ -184,6 +188,9 @@ def main() -> int:
     for name in flags.FLAGS.programs:
         if name not in PROGRAMS:
             raise UserError(f"programs = {name!r} must be among {', '.join(PROGRAMS)}")
+    json_file = Path(flags.FLAGS.json) if flags.FLAGS.json else None
+    if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
+        raise UserError(f"json = {str(json_file)!r} must be a file in a folder that exists")
     jax.config.update("jax_platforms", "cpu")  # what is here is not asked
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot read programs that cannot run
     # Kernels are chosen by rules instead of by timing them on a GPU.
@@ -210,7 +217,9 @@ def main() -> int:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             needs = str(error).splitlines()[0]
-            raise RunError(f"{name} does not fit: {what_to_change(config, mesh.size)} ({needs})") from None
+            raise RunError(
+                f"{name} does not fit: {what_to_change(name, config, mesh.size)} ({needs})"
+            ) from None
         reports.append(report)
         tokens = config.train.batch_size * config.model.context / mesh.size
         formula = tokens * flops_per_token(config.model, corpus.tokenizer.vocab_size)
@@ -221,23 +230,21 @@ def main() -> int:
         if report.in_all > chip.memory:
             raise RunError(
                 f"{name} needs {_size(report.in_all)} of the {_size(chip.memory)} of a {chip.name}: "
-                f"{what_to_change(config, mesh.size)}"
+                f"{what_to_change(name, config, mesh.size)}"
             )
-    if flags.FLAGS.json:
-        values = [
-            {**vars(report), "costs": {**vars(report.costs), "collectives": [
-                {"kind": kind, "shapes": shapes, "bytes": n}
-                for (kind, shapes), n in report.costs.collectives.items()
-            ]}}
-            for report in reports
-        ]  # fmt: skip
-        with open(flags.FLAGS.json, "w", encoding="utf-8") as file:
-            json.dump(
-                {"topology": flags.FLAGS.topology, "mesh": dict(mesh.shape), "programs": values},
-                file,
-                indent=1,
-            )
+    if json_file:
+        programs = [_as_json(report) for report in reports]
+        values = {"topology": flags.FLAGS.topology, "mesh": dict(mesh.shape), "programs": programs}
+        json_file.write_text(json.dumps(values, indent=1), encoding="utf-8")
     return 0
+
+
+def _as_json(report: Report) -> dict[str, Any]:
+    collectives = [
+        {"kind": kind, "shapes": shapes, "bytes": n_bytes}
+        for (kind, shapes), n_bytes in report.costs.collectives.items()
+    ]
+    return {**vars(report), "costs": {**vars(report.costs), "collectives": collectives}}
 
 
 def _size(n_bytes: float) -> str:

@@ -97,6 +97,8 @@ class Costs:
         flops: of matrix products and convolutions.
         bytes_moved: read from and written to main memory by each kernel.
         kernels: how many are started: fusions, products, copies, custom calls.
+        cycles: what the compiler expects these to take; 0 where it does not say (it does for TPUs, but not
+            for custom calls nor for waiting).
         custom_calls: how often each target is called.
         collectives: bytes that each kind of collective moves, by (kind, shapes); see
             `describe_shapes`.
@@ -105,6 +107,7 @@ class Costs:
     flops: float = 0
     bytes_moved: float = 0
     kernels: float = 0
+    cycles: float = 0
     custom_calls: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     collectives: dict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
 
@@ -112,7 +115,9 @@ class Costs:
         """The costs of one of `n` equal parts."""
         calls = {target: times / n for target, times in self.custom_calls.items()}
         moved = {what: n_bytes / n for what, n_bytes in self.collectives.items()}
-        return Costs(self.flops / n, self.bytes_moved / n, self.kernels / n, calls, moved)
+        return Costs(
+            self.flops / n, self.bytes_moved / n, self.kernels / n, self.cycles / n, calls, moved
+        )  # fmt: skip
 
 
 class Program:
@@ -191,6 +196,8 @@ class Program:
 
     def _add(self, costs: Costs, instruction: Instruction, computation: Computation, times: int) -> None:
         costs.kernels += times * any(shape.dims for shape in instruction.shapes)
+        estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+        costs.cycles += times * int(estimate[1]) if estimate else 0
         costs.bytes_moved += times * self._bytes_moved(instruction, computation)
         for part, home in self._within(instruction, computation):
             costs.flops += times * _flops(part, home)

@@ -48,11 +48,6 @@ def describe_topology(topology: str) -> tuple[Chip, Sequence[Any]]:
     if chip is None or name not in (*TPUS, *_GPUS):
         known = ", ".join((*TPUS, *_GPUS))
         raise UserError(f"topology = {topology!r}: unknown chip {name!r}; known: {known}; e.g. {_EXAMPLES}")
-    if jax.__version_info__ < OLDEST_JAX:
-        raise UserError(
-            f"compiling for an absent device needs JAX {'.'.join(map(str, OLDEST_JAX))} or newer; this is "
-            f"{jax.__version__}"
-        )
     devices = _tpus(topology, shape) if name in TPUS else _gpus(topology, name, shape)
     if name == "v4" and len(devices) == 2 * math.prod(map(int, shape.split("x"))):
         # Here JAX has a device for each of the two cores of a chip.
@@ -65,6 +60,7 @@ def _tpus(topology: str, shape: str) -> Sequence[Any]:
 
     if not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise UserError(f"topology = {topology!r} must end in a shape, such as {_EXAMPLES}")
+    _check_jax()
     if find_spec("libtpu") is None:
         raise UserError("libtpu is not installed, which compiles for TPUs: pip install -e '.[aot]'")
     for name, value in _NO_TPU_HERE.items():
@@ -83,6 +79,7 @@ def _gpus(topology: str, name: str, count: str) -> Sequence[Any]:
 
     if not re.fullmatch(r"[1-9]\d{0,3}", count):
         raise UserError(f"topology = {topology!r} must end in a number of GPUs, such as {name}:8")
+    _check_jax()
     if find_spec("jax_plugins") is None or find_spec("jax_plugins.xla_cuda12") is None:
         raise UserError(
             "JAX's CUDA plugin is not installed, which compiles for NVIDIA GPUs: pip install -e '.[aot-cuda]'"
@@ -95,6 +92,14 @@ def _gpus(topology: str, name: str, count: str) -> Sequence[Any]:
         ).devices
     except Exception as error:
         raise UserError(f"topology = {topology!r}: {_first_line(error)}") from None
+
+
+def _check_jax() -> None:
+    if jax.__version_info__ < OLDEST_JAX:
+        oldest = ".".join(map(str, OLDEST_JAX))
+        raise UserError(
+            f"compiling for an absent device needs JAX {oldest} or newer; this is {jax.__version__}"
+        )
 
 
 def _load_plugins() -> None:

@@ -2,10 +2,13 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 
 import jax
+import jax.export
+import numpy as np
 import pytest
 from test_commands import environment
 
@@ -15,8 +18,10 @@ from gpt_jax.chips import CHIPS, find_chip, flops_per_token, utilization
 from gpt_jax.config import REPOSITORY, Config, MeshConfig, ModelConfig
 from gpt_jax.errors import UserError
 from gpt_jax.model import GPT
+from gpt_jax.optimizer import make_optimizer
 from gpt_jax.sharding import make_mesh
-from gpt_jax.train_state import abstract_params, name_leaves
+from gpt_jax.train_state import abstract_params, abstract_state, name_leaves
+from gpt_jax.train_step import make_train_steps
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 needs_cuda = pytest.mark.skipif(
@@ -71,6 +76,7 @@ def test_a_bad_topology_is_one_line(topology, message):
 
 def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(topologies, "find_spec", lambda name: None)
+    monkeypatch.setattr(jax, "__version_info__", topologies.OLDEST_JAX)
     with pytest.raises(UserError, match=r"libtpu is not installed.* pip install -e '\.\[aot\]'"):
         topologies.describe_topology("v5e:1x1")
     with pytest.raises(UserError, match=r"CUDA plugin is not installed.* pip install -e '\.\[aot-cuda\]'"):
@@ -81,8 +87,8 @@ def test_what_is_missing_is_named(monkeypatch):
 
 
 def test_the_first_setting_to_change_when_memory_is_short():
-    def advice(n_devices=1, **groups):
-        return command.what_to_change(Config.from_dict(groups), n_devices)
+    def advice(n_devices=1, name="train", **groups):
+        return command.what_to_change(name, Config.from_dict(groups), n_devices)
 
     assert "--config.train.accumulate=2" in advice(train={"batch_size": 12, "accumulate": 1})
     assert "--config.train.accumulate=6" in advice(train={"batch_size": 12, "accumulate": 3})
@@ -91,6 +97,9 @@ def test_the_first_setting_to_change_when_memory_is_short():
     assert "--config.mesh.fsdp" in advice(
         train={"batch_size": 12, "accumulate": 12}, model={"remat": "block"}
     )
+    # Neither evaluation nor sampling keeps activations for a gradient.
+    assert "--config.mesh.fsdp" in advice(name="evaluation", train={"batch_size": 12, "accumulate": 12})
+    assert "--rows" in advice(name="decode", train={"batch_size": 12, "accumulate": 1})
 
 
 def test_flags_are_checked():
@@ -100,8 +109,36 @@ def test_flags_are_checked():
     done = compile_it("--topology=v5e:1x1", "--programs=train,sample")
     assert done.returncode == 2
     assert done.stderr.startswith("error: programs = 'sample' must be among train, evaluation")
+    done = compile_it("--topology=v5e:1x1", "--json=missing/out.json")
+    assert done.returncode == 2
+    assert done.stderr == "error: json = 'missing/out.json' must be a file in a folder that exists\n"
     shown = compile_it("--help")
     assert shown.returncode == 0 and "--topology" in shown.stdout and "--config" in shown.stdout
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_the_training_step_lowers_for_accelerators(platform):
+    """Half of compiling, and all that works with every JAX: Colab's cannot compile for an absent TPU."""
+    config = Config.from_dict({
+        "model": {"n_layer": 2, "n_head": 2, "d_model": 16, "context": 8, "dropout": 0.1, "dtype": "bfloat16",
+                  "unroll": "no", "remat": "elementwise"},
+        "train": {"batch_size": 4, "accumulate": 1}, "mesh": {"data": 1},
+    })  # fmt: skip
+    mesh = make_mesh(config.mesh)
+    model, optimizer = GPT(config.model, 11, mesh=mesh), make_optimizer(config.optimizer, 10)
+    state = abstract_state(model, optimizer, False, mesh)
+    steps = make_train_steps(config, model, optimizer, state, 10)
+    tokens = jax.ShapeDtypeStruct((100,), np.uint8)
+    exported = jax.export.export(steps, platforms=[platform])(state, tokens, np.uint32(0), np.int32(1))
+    assert exported.platforms == (platform,)
+    assert "bf16" in exported.mlir_module() and "stablehlo.while" in exported.mlir_module()
+
+
+@pytest.mark.skipif(jax.__version_info__ >= topologies.OLDEST_JAX, reason="this JAX is new enough")
+def test_an_old_jax_is_one_line():
+    done = compile_it("--topology=v5e:1x1")
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: compiling for an absent device needs JAX \S+ or newer; .*\n", done.stderr)
 
 
 @needs_libtpu
@@ -115,6 +152,7 @@ def test_a_small_model_is_compiled_for_a_tpu(tmp_path):
     config = ModelConfig(n_layer=1, n_head=2, d_model=32, context=32)
     formula = 8 * 32 / 4 * flops_per_token(config, 65)
     assert programs["train"]["costs"]["flops"] == pytest.approx(formula, rel=0.3)
+    assert programs["train"]["costs"]["cycles"] > programs["decode"]["costs"]["cycles"] > 0
     assert programs["train"]["costs"]["collectives"] and not programs["decode"]["costs"]["collectives"]
     assert all(program["in_all"] > program["arguments"] > 0 for program in values["programs"])
 

@@ -73,7 +73,7 @@ TPU = """HloModule m, is_scheduled=true
   %one = f32[1,64]{1,0} get-tuple-element(%b), index=2
   %sent = (f32[1,64]{1,0}, f32[1,64]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%one), source_target_pairs={{0,1}}
   %got = f32[1,64]{1,0} collective-permute-done(%sent)
-  %new = f32[8,64]{1,0:T(8,128)} fusion(%all, %got, %j), kind=kLoop, calls=%update
+  %new = f32[8,64]{1,0:T(8,128)} fusion(%all, %got, %j), kind=kLoop, calls=%update, backend_config={"estimated_cycles":"70"}
   ROOT %out = (s32[]{:T(128)}, f32[8,64]{1,0:T(8,128)}, f32[1,64]{1,0}) tuple(%next, %new, %got)
 }
 
@@ -98,4 +98,5 @@ def test_a_program_of_a_tpu_is_read():
     queries = 2 * 8 * 6 * 256 * 64  # keys and scores stay on the chip
     # In each of the three rounds: sent and received, then read, and written into its place; and the counter.
     assert costs.bytes_moved == queries + 3 * (2 * 256 + 256 + 256 + 4) + 3 * (12 + 9)
+    assert costs.cycles == 3 * 70
     assert costs.divided_by(3).collectives == {("collective-permute", "f32[1,64]"): 256}
