@@ -22,7 +22,6 @@ from typing import Any
 
 import jax
 from filelock import FileLock
-from platformdirs import user_cache_path
 
 from gpt_jax.integrity import checksum
 
@@ -53,6 +52,8 @@ def use_compilation_cache() -> None:
     global _folder
     if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir is not None:
         return
+    from platformdirs import user_cache_path  # only here: a machine without it can train without a cache
+
     folder = user_cache_path("gpt_jax") / machine_key(_read_cpuinfo(), _n_threads())
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # programs from there are run

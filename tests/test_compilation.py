@@ -132,6 +132,17 @@ def test_the_cache_can_be_turned_off(tmp_path):
     assert not was_read(stderr) and not (tmp_path / "cache").exists()
 
 
+def test_without_the_cache_platformdirs_is_not_needed():
+    """Machines that are lent for benchmarks may lack it."""
+    code = (
+        "import sys; sys.modules['platformdirs'] = None; import gpt_jax.trainer, gpt_jax.compilation as c; "
+        "c.use_compilation_cache()"
+    )
+    cacheless = environment() | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    done = subprocess.run([sys.executable, "-c", code], env=cacheless, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_another_folder_is_left_to_jax(tmp_path):
     """Named by JAX's own variable, it holds JAX's files and none of ours."""
     folder = tmp_path / "jax"
