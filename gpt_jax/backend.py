@@ -2,11 +2,13 @@
 
 import os
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.errors import UserError
@@ -40,6 +42,27 @@ def resolve_model(config: ModelConfig, platform: str, compute_capability: str = 
     return replace(config, dtype=dtype, unroll=unroll, remat=remat)
 
 
+def has_cudnn_attention(config: ModelConfig, platform: str, compute_capability: str = "") -> bool:
+    """Whether cuDNN attends for this model where no attention weight is dropped.
+
+    It does in bfloat16 on NVIDIA GPUs of compute capability 8.0 or above, for heads of up to 128 channels. A
+    TPU has no such kernel here: with 256 tokens and heads of 64 channels, Pallas' splash attention made the
+    compiled step move more bytes than plain attention did (docs/accelerators.md).
+    """
+    if platform != "gpu" or _major(compute_capability) < 8 or config.query_blocks > 1 or config.d_head > 128:
+        return False
+    dtype = jnp.dtype(auto_dtype(platform, compute_capability) if config.dtype == "auto" else config.dtype)
+    qkv = [jax.ShapeDtypeStruct((1, config.context, config.n_head, config.d_head), dtype)] * 3
+    try:
+        jax.eval_shape(causal_cudnn, *qkv)
+    except (RuntimeError, NotImplementedError, ValueError):  # what JAX raises for what cuDNN cannot do
+        return False
+    return True
+
+
+causal_cudnn = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+
+
 def describe_dtype(dtype: str, platform: str, compute_capability: str = "") -> str:
     """The type of the computation, for a person: what it means on this hardware, and why it was chosen."""
     if dtype == "float32" and _major(compute_capability) < 8:
@@ -49,9 +72,12 @@ def describe_dtype(dtype: str, platform: str, compute_capability: str = "") -> s
     return dtype
 
 
-def first_device() -> tuple[str, str]:
-    """Platform and compute capability of the first device here, "" for what is no NVIDIA GPU."""
-    device = jax.devices()[0]
+def first_device(mesh: Mesh | None = None) -> tuple[str, str]:
+    """Platform and compute capability of the first device of a mesh, or of this machine.
+
+    The compute capability is "" for what is no NVIDIA GPU.
+    """
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     return device.platform, str(getattr(device, "compute_capability", ""))
 
 

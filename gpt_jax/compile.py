@@ -1,4 +1,4 @@
-"""Compile a run's programs for devices that are not here, and say what they would cost there.
+"""Compile a run's programs ahead of time, for absent accelerators, and print what they cost there.
 
     python -m gpt_jax.compile --config configs/shakespeare.py --topology v5e:1x1
     python -m gpt_jax.compile --config configs/shakespeare.py --topology h100:8 --config.mesh.fsdp=8
@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from gpt_jax.backend import resolve_model
 from gpt_jax.batches import eval_windows
-from gpt_jax.chips import Chip, flops_per_token, least_seconds
+from gpt_jax.chips import GIB, Chip, flops_per_token, least_seconds
 from gpt_jax.command_line import parse
 from gpt_jax.config import Config, MeshConfig
 from gpt_jax.corpus import Corpus, load_corpus
@@ -35,7 +35,7 @@ from gpt_jax.loss import window_losses
 from gpt_jax.model import GPT, Params, unstack_layers
 from gpt_jax.optimizer import make_optimizer
 from gpt_jax.resume import settle
-from gpt_jax.sampler import CHUNK, decode, prefill
+from gpt_jax.sampler import chunk_length, decode, prefill
 from gpt_jax.sampling import make_rules
 from gpt_jax.sharding import make_mesh, platform_of, replicated
 from gpt_jax.topologies import describe_topology
@@ -46,10 +46,31 @@ from gpt_jax.trainer import MAX_STEPS_PER_CALL
 PROGRAMS = ("train", "evaluation", "prefill", "decode")
 
 flags.declare_key_flag("config")
-flags.DEFINE_string("topology", None, "The devices: v5e:1x1, v5e:2x4, v6e:2x2, v4:2x2x1, h100:1, h100:8 ...")
+flags.DEFINE_string(
+    "topology", None, "The absent devices: v5e:1x1, v5e:2x4, v6e:2x2, v4:2x2x1, h100:1, h100:8 ..."
+)
 flags.DEFINE_integer("rows", 1, "Texts that are sampled at once.", lower_bound=1)
 flags.DEFINE_list("programs", list(PROGRAMS), "Which programs.")
 flags.DEFINE_string("json", None, "A file for the numbers.")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One program of a run, to be compiled.
+
+    Attributes:
+        name: of the program.
+        unit: what FLOPs, bytes and kernels are counted for: "a step", "a token" ...
+        n_units: how many of these a run of the program makes.
+        n_tokens: tokens that one device reads for a unit.
+        lower: lowers the program.
+    """
+
+    name: str
+    unit: str
+    n_units: int
+    n_tokens: float
+    lower: Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -57,11 +78,11 @@ class Report:
     """What one program costs on one device.
 
     Attributes:
-        name: of the program.
-        unit: what FLOPs, bytes and kernels are counted for: "a step", "a token" ...
-        compile_seconds: here.
-        code, arguments, temporaries: bytes, as the compiler says; `in_all` also has results that take no
-            argument's place.
+        name, unit: as in its `Job`.
+        compile_seconds: on this machine, tracing included.
+        code, arguments, temporaries: bytes, as the compiler says.
+        total: their sum, with the results that take no argument's place.
+        flops_by_formula: whether `costs.flops` comes from the formula and not from the program.
         costs: read from the compiled program, for one `unit`.
     """
 
@@ -71,71 +92,79 @@ class Report:
     code: int
     arguments: int
     temporaries: int
-    in_all: int
+    total: int
+    flops_by_formula: bool
     costs: Costs
 
 
-def lower_programs(
-    config: Config, corpus: Corpus, mesh: Mesh, rows: int
-) -> Iterator[tuple[str, str, int, Any]]:
-    """The programs of a run, ready to be compiled.
+def list_jobs(config: Config, corpus: Corpus, mesh: Mesh, rows: int) -> Iterator[Job]:
+    """The programs of a run, each ready to be compiled.
 
     Args:
         config: without "auto", and settled.
         corpus: the text.
-        mesh: over devices that need not be here.
+        mesh: its devices may be absent.
         rows: texts to sample at once, on the first of the devices.
-
-    Yields:
-        Name, unit, how many units a run of the program makes, and a function that lowers it.
     """
     everywhere = replicated(mesh)
-    vocab_size = corpus.tokenizer.vocab_size
+    vocab_size, context = corpus.tokenizer.vocab_size, config.model.context
     model = GPT(config.model, vocab_size, mesh=mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state = abstract_state(model, optimizer, config.optimizer.ema_decay > 0, mesh)
     tokens_N = jax.ShapeDtypeStruct(corpus.train.shape, corpus.train.dtype, sharding=everywhere)
     train_steps = make_train_steps(config, model, optimizer, state, MAX_STEPS_PER_CALL)
-    yield "train", "a step", 1, partial(train_steps.lower, state, tokens_N, np.uint32(0), np.int32(1))
+    lower_training = partial(train_steps.lower, state, tokens_N, np.uint32(0), np.int32(1))
+    yield Job("train", "a step", 1, config.train.batch_size * context / mesh.size, lower_training)
 
     batch_size = config.train.batch_size // config.train.accumulate
     windows = [
         jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=everywhere)
-        for part in eval_windows(corpus.val, config.model.context, batch_size)
+        for part in eval_windows(corpus.val, context, batch_size)
     ]
     lower_evaluation = partial(window_losses.lower, model, state.eval_params, *windows)
-    yield "evaluation", "a validation split", 1, lower_evaluation
+    yield Job("evaluation", "a validation split", 1, windows[0].size / mesh.size, lower_evaluation)
 
     one = make_mesh(MeshConfig(), list(mesh.devices.flat[:1]))
-    sampler = GPT(config.model, vocab_size, stacked=False)
+    sampler = GPT(config.model, vocab_size, stacked=False, mesh=one)
     params: Params = jax.eval_shape(unstack_layers, abstract_params(model, one))
     params, key = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(one)),
         (params, jax.eval_shape(lambda: jax.random.key(0))),
     )
-    window = np.zeros((rows, config.model.context), np.int32)
-    yield "prefill", "a full context", 1, partial(prefill.lower, sampler, params, window, np.int32(1))
+    # What is read again each time that the cache is full.
+    window = np.zeros((rows, max(context // 2, 1)), np.int32)
+    lower_prefill = partial(prefill.lower, sampler, params, window, np.int32(1))
+    yield Job("prefill", "half a context", 1, window.size, lower_prefill)
     logits_BxV, cache = jax.eval_shape(partial(prefill, sampler), params, window, np.int32(1))
+    chunk = chunk_length(context)
     lower_decoding = partial(
-        decode.lower, sampler, CHUNK, params, logits_BxV, cache, make_rules(0.8), key, np.int32(1)
+        decode.lower, sampler, chunk, params, logits_BxV, cache, make_rules(0.8), key, np.int32(1)
     )
-    yield "decode", "a token", CHUNK, lower_decoding
+    yield Job("decode", "a token", chunk, rows, lower_decoding)
 
 
-def compile_program(name: str, unit: str, n_units: int, lower: Any) -> Report:
-    """Compile a program that `lower_programs` yields, and read it."""
+def compile_job(job: Job, flops_per_token: float | None) -> Report:
+    """Compile a program and read it.
+
+    Args:
+        job: the program.
+        flops_per_token: to count FLOPs by; None: they are read from the program, which shows the matrix
+            products of a TPU, but not those that a GPU's libraries compute.
+    """
     begun = time.monotonic()
-    compiled = lower().compile()
+    compiled = job.lower().compile()
     seconds = time.monotonic() - begun
     memory = compiled.memory_analysis()
-    costs = Program(compiled.as_text()).costs()
-    in_all = (
+    costs = Program(compiled.as_text()).costs().divided_by(job.n_units)
+    if flops_per_token is not None:
+        costs = replace(costs, flops=job.n_tokens * flops_per_token)
+    total = (
         memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     )  # fmt: skip
     return Report(
-        name, unit, seconds, memory.generated_code_size_in_bytes, memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes, in_all, costs.divided_by(n_units),
+        job.name, job.unit, seconds, memory.generated_code_size_in_bytes, memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes, total, flops_per_token is not None, costs,
     )  # fmt: skip
 
 
@@ -151,21 +180,21 @@ def what_to_change(name: str, config: Config, n_devices: int) -> str:
         return f"work through a step in more micro-batches, --config.train.accumulate={more}"
     if name == "train" and model.remat != "block":
         return "keep fewer activations, --config.model.remat=block"
-    return "choose a larger mesh, with --config.mesh.fsdp"
+    return "split the layers over more devices, with a larger --topology and --config.mesh.tensor"
 
 
-def describe_report(report: Report, chip: Chip, flops: float | None) -> str:
-    """A few lines of figures. `flops` stands in where the program's arithmetic cannot be read from it."""
+def describe_report(report: Report, chip: Chip) -> str:
+    """A few lines of figures."""
     costs = report.costs
-    flops = costs.flops if flops is None else flops
-    arithmetic, traffic = least_seconds(chip, flops, costs.bytes_moved)
+    arithmetic, traffic = least_seconds(chip, costs.flops, costs.bytes_moved)
     binds = "memory" if traffic > arithmetic else "arithmetic"
+    formula = " by formula" if report.flops_by_formula else ""
     expected = f", {costs.cycles / 1e6:.3g} M cycles by the compiler's estimate" if costs.cycles else ""
     lines = [
         f"{report.name:<11}compiled in {report.compile_seconds:.1f} s; code {_size(report.code)}, arguments "
-        f"{_size(report.arguments)}, temporaries {_size(report.temporaries)}: {_size(report.in_all)} of "
+        f"{_size(report.arguments)}, temporaries {_size(report.temporaries)}: {_size(report.total)} of "
         f"{_size(chip.memory)}",
-        f"           {report.unit}: {flops / 1e9:,.4g} GFLOP ({1e3 * arithmetic:.3g} ms), "
+        f"           {report.unit}: {costs.flops / 1e9:,.4g} GFLOP{formula} ({1e3 * arithmetic:.3g} ms), "
         f"{_size(costs.bytes_moved)} moved ({1e3 * traffic:.3g} ms), {binds} binds; "
         f"{costs.kernels:,.0f} kernels{expected}",
     ]
@@ -173,7 +202,7 @@ def describe_report(report: Report, chip: Chip, flops: float | None) -> str:
         calls = ", ".join(f"{n:,.0f} {target}" for target, n in Counter(costs.custom_calls).most_common(5))
         lines.append(f"           custom calls: {calls}")
     moved = sorted(costs.collectives.items(), key=lambda item: -item[1])
-    lines += [f"           {_size(n):>10} {kind} {shapes:.70}" for (kind, shapes), n in moved]
+    lines += [f"           {_size(n):>10} {kind} {_shorten(shapes)}" for (kind, shapes), n in moved]
     return "\n".join(lines)
 
 
@@ -185,14 +214,16 @@ def main() -> int:
     _, config = parse(sys.argv)
     if flags.FLAGS.topology is None:
         raise UserError("--topology is missing: try --topology v5e:1x1")
+    if not flags.FLAGS.programs:
+        raise UserError(f"programs is empty: name some of {', '.join(PROGRAMS)}")
     for name in flags.FLAGS.programs:
         if name not in PROGRAMS:
             raise UserError(f"programs = {name!r} must be among {', '.join(PROGRAMS)}")
-    json_file = Path(flags.FLAGS.json) if flags.FLAGS.json else None
+    json_file = Path(flags.FLAGS.json).expanduser() if flags.FLAGS.json else None
     if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
         raise UserError(f"json = {str(json_file)!r} must be a file in a folder that exists")
-    jax.config.update("jax_platforms", "cpu")  # what is here is not asked
-    jax.config.update("jax_enable_compilation_cache", False)  # it cannot read programs that cannot run
+    jax.config.update("jax_platforms", "cpu")  # use no local accelerator
+    jax.config.update("jax_enable_compilation_cache", False)  # programs for absent devices cannot be loaded
     # Kernels are chosen by rules instead of by timing them on a GPU.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
     chip, devices = describe_topology(flags.FLAGS.topology)
@@ -202,41 +233,63 @@ def main() -> int:
     corpus = load_corpus(config.data.file, config.model.context, config.data.train_fraction)
     shape = " x ".join(f"{size} {axis}" for axis, size in mesh.shape.items())
     print(
-        f"target     {mesh.size} x {chip.name} ({_size(chip.memory)}, {chip.flops / 1e12:,.0f} TFLOP/s "
-        f"bfloat16, {chip.bandwidth / 1e9:,.0f} GB/s), mesh {shape}, {config.model.dtype}, "
+        f"target     {mesh.size} x {chip.name} ({chip.memory / GIB:.0f} GiB, {chip.flops / 1e12:,.0f} "
+        f"TFLOP/s bfloat16, {chip.bandwidth / 1e9:,.0f} GB/s), mesh {shape}, {config.model.dtype}, "
         f"jax {jax.__version__}\n"
         f"           figures for one device, computed from the compiled programs; nothing was run"
     )
-    reports = []
-    for name, unit, n_units, lower in lower_programs(config, corpus, mesh, flags.FLAGS.rows):
-        if name not in flags.FLAGS.programs:
-            continue
-        try:
-            report = compile_program(name, unit, n_units, lower)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            needs = str(error).splitlines()[0]
-            raise RunError(
-                f"{name} does not fit: {what_to_change(name, config, mesh.size)} ({needs})"
-            ) from None
-        reports.append(report)
-        tokens = config.train.batch_size * config.model.context / mesh.size
-        formula = tokens * flops_per_token(config.model, corpus.tokenizer.vocab_size)
-        print(
-            describe_report(report, chip, formula if name == "train" and platform == "gpu" else None),
-            flush=True,
-        )
-        if report.in_all > chip.memory:
-            raise RunError(
-                f"{name} needs {_size(report.in_all)} of the {_size(chip.memory)} of a {chip.name}: "
-                f"{what_to_change(name, config, mesh.size)}"
-            )
-    if json_file:
-        programs = [_as_json(report) for report in reports]
-        values = {"topology": flags.FLAGS.topology, "mesh": dict(mesh.shape), "programs": programs}
-        json_file.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    per_token = flops_per_token(config.model, corpus.tokenizer.vocab_size)
+    reports: list[Report] = []
+    try:
+        for job in list_jobs(config, corpus, mesh, flags.FLAGS.rows):
+            if job.name in flags.FLAGS.programs:
+                formula = per_token if job.name == "train" else per_token / 3  # the forward pass alone
+                report = compile_if_it_fits(job, formula if platform == "gpu" else None, config, mesh)
+                reports.append(report)
+                print(describe_report(report, chip), flush=True)
+                check_memory(report, chip, platform, config, mesh)
+    finally:
+        if json_file:
+            programs = [_as_json(report) for report in reports]
+            values = {"topology": flags.FLAGS.topology, "mesh": dict(mesh.shape), "programs": programs}
+            json_file.write_text(json.dumps(values, indent=1), encoding="utf-8")
     return 0
+
+
+def compile_if_it_fits(job: Job, formula: float | None, config: Config, mesh: Mesh) -> Report:
+    """`compile_job`, with advice where the compiler says that memory is exceeded.
+
+    Raises:
+        RunError: it is.
+    """
+    try:
+        return compile_job(job, formula)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needs = str(error).splitlines()[0]
+        raise RunError(
+            f"{job.name} does not fit: {what_to_change(job.name, config, mesh.size)} ({needs})"
+        ) from None
+
+
+def check_memory(report: Report, chip: Chip, platform: str, config: Config, mesh: Mesh) -> None:
+    """Compare with the chip's memory; on GPUs with the three quarters of it that JAX takes.
+
+    Raises:
+        RunError: the program needs more.
+    """
+    room = chip.memory * (0.75 if platform == "gpu" else 1)
+    if report.total > room:
+        share = "the 75% that JAX takes by default of " if platform == "gpu" else ""
+        raise RunError(
+            f"{report.name} needs {_size(report.total)}, more than {share}the {_size(chip.memory)} of a "
+            f"{chip.name}: {what_to_change(report.name, config, mesh.size)}"
+        )
+
+
+def _shorten(shapes: str) -> str:
+    return shapes if len(shapes) <= 70 else shapes[:66] + " ..."
 
 
 def _as_json(report: Report) -> dict[str, Any]:

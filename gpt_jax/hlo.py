@@ -20,8 +20,8 @@ FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
     "replica-id", "iota", "opt-barrier", "add-dependency", "domain",
 )  # fmt: skip
-# Custom calls that are notes of the compiler for TPUs to itself, and run nothing.
-NOTES = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast")
+# Custom calls that are annotations of the TPU compiler: nothing is run.
+ANNOTATIONS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast")
 _BYTES = {"pred": 1, "token": 0, "opaque": 0, "c64": 8, "c128": 16}
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -75,7 +75,7 @@ class Computation:
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Which instructions read each one's result."""
+        """The users of each instruction."""
         users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for instruction in self.instructions.values():
             for operand in instruction.operands:
@@ -100,8 +100,8 @@ class Costs:
         cycles: what the compiler expects these to take; 0 where it does not say (it does for TPUs, but not
             for custom calls nor for waiting).
         custom_calls: how often each target is called.
-        collectives: bytes that each kind of collective moves, by (kind, shapes); see
-            `describe_shapes`.
+        collectives: size in bytes of the arrays that are gathered, reduced or sent, by (kind, shapes), see
+            `describe_shapes`. What crosses the links is more: a ring all-reduce sends nearly twice as much.
     """
 
     flops: float = 0
@@ -144,7 +144,7 @@ class Program:
                     computation.root = instruction.name
 
     def costs(self) -> Costs:
-        """Counted over one run. A loop whose length is not known counts once."""
+        """Counted over one run. A loop of unknown length counts once; of a conditional, all branches do."""
         costs = Costs()
         for instruction, computation, times in self._executed(self.entry, 1):
             self._add(costs, instruction, computation, times)
@@ -190,7 +190,7 @@ class Program:
                     for branch in names:
                         yield from self._executed(branch, times)
                 case opcode if (
-                    opcode not in FREE and not opcode.endswith("-done") and not _is_note(instruction)
+                    opcode not in FREE and not opcode.endswith("-done") and not _is_annotation(instruction)
                 ):
                     yield instruction, computation, times
 
@@ -201,7 +201,7 @@ class Program:
         costs.bytes_moved += times * self._bytes_moved(instruction, computation)
         for part, home in self._within(instruction, computation):
             costs.flops += times * _flops(part, home)
-            if _is_note(part):
+            if _is_annotation(part):
                 continue
             kind = part.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
@@ -235,7 +235,8 @@ class Program:
                 )
                 return read + self._written_bytes(instruction, fused)
             case "dynamic-slice" | "slice" | "gather":
-                return written * (1 + any(shape.main_memory for shape in operands[0].shapes))
+                read = any(shape.main_memory for shape in operands[0].shapes)
+                return written + read * sum(shape.n_bytes for shape in instruction.shapes)
             case "dynamic-update-slice":
                 return 2 * _all_bytes(operands[1]) * int(bool(_all_bytes(operands[0])))
             case "copy-start" | "slice-start":  # (destination, source, context), or the other way round
@@ -322,8 +323,8 @@ def _target(call: Instruction) -> str:
     return found[1] if found else "?"
 
 
-def _is_note(instruction: Instruction) -> bool:
-    return instruction.opcode == "custom-call" and _target(instruction) in NOTES
+def _is_annotation(instruction: Instruction) -> bool:
+    return instruction.opcode == "custom-call" and _target(instruction) in ANNOTATIONS
 
 
 def _main_bytes(shape: Shape) -> int:
@@ -355,10 +356,7 @@ def _flops(instruction: Instruction, computation: Computation) -> float:
     # A TPU's matrix products are convolutions; batch axes become windows of which one place is inside.
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     assert labels
-    groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
     products = math.prod(result[labels[3].index(c)] for c in "bf") * right[labels[2].index("i")]
-    if groups:
-        products //= int(groups[1])
     for place, axis in enumerate(sorted(c for c in labels[1] if c.isdigit())):
         products *= _places(
             left[labels[1].index(axis)],

@@ -21,10 +21,10 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh
 
-from gpt_jax.backend import first_device, resolve_dtype, resolve_model
+from gpt_jax import backend
 from gpt_jax.config import ModelConfig
 from gpt_jax.dropout import dropout
-from gpt_jax.sharding import platform_of, split_batch
+from gpt_jax.sharding import split_batch
 
 Params = Any  # a nested dictionary of arrays
 MOST_BIGRAMS = 2**14  # rows of a table of pairs of tokens; enough for each pair of 127 characters
@@ -60,7 +60,7 @@ class Cache(struct.PyTreeNode):
 
 def compute_dtype(config: ModelConfig) -> Any:
     """The type that activations are computed in; "auto" becomes what suits the first device."""
-    return jnp.dtype(resolve_dtype(config.dtype))
+    return jnp.dtype(backend.resolve_dtype(config.dtype))
 
 
 def empty_cache(config: ModelConfig, vocab_size: int, batch_size: int) -> Cache:
@@ -220,7 +220,7 @@ class GPT(nn.Module):
 
     def _stacked_blocks(self) -> nn.Module:
         config = self.config
-        how = resolve_model(config, *first_device())
+        how = backend.resolve_model(config, *backend.first_device(self.mesh))
         block: Any = Block
         if how.remat != "nothing":
             products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -316,7 +316,7 @@ class CausalSelfAttention(nn.Module):
         drops_weights = config.attention_dropout > 0 and seed_2 is not None
         if cache is not None:
             y_BxHxTxK = attend(q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, mask_TxS)
-        elif not drops_weights and has_fused_attention(config, self.mesh):
+        elif not drops_weights and backend.has_cudnn_attention(config, *backend.first_device(self.mesh)):
             y_BxHxTxK = attend_fused(q_BxHxTxK, k_BxHxSxK, v_BxHxSxK)
         else:
             blocks = config.query_blocks
@@ -426,34 +426,10 @@ def attend_in_blocks(
     return jnp.concatenate(blocks, axis=2)
 
 
-def has_fused_attention(config: ModelConfig, mesh: Mesh | None) -> bool:
-    """Whether cuDNN attends for this model: on NVIDIA GPUs, in bfloat16, for the head widths that it knows.
-
-    A TPU has none here: with 256 tokens and heads of 64 channels, Pallas' splash attention made the compiled
-    step move more bytes than the plain one (docs/accelerators.md).
-    """
-    if platform_of_model(mesh) != "gpu" or config.query_blocks > 1:
-        return False
-    qkv = [jax.ShapeDtypeStruct((1, config.context, config.n_head, config.d_head), compute_dtype(config))] * 3
-    try:
-        jax.eval_shape(_causal_cudnn, *qkv)
-    except (RuntimeError, NotImplementedError, ValueError):  # what JAX raises for what cuDNN cannot do
-        return False
-    return True
-
-
-def platform_of_model(mesh: Mesh | None) -> str:
-    """Where the model runs: on the devices of the mesh, without one on the first here."""
-    return first_device()[0] if mesh is None else platform_of(mesh)
-
-
 def attend_fused(q_BxHxTxK: jax.Array, k_BxHxTxK: jax.Array, v_BxHxTxK: jax.Array) -> jax.Array:
     """`attend` with the causal mask, by a kernel that keeps the weights [T, T] out of memory."""
     q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = (x.swapaxes(1, 2) for x in (q_BxHxTxK, k_BxHxTxK, v_BxHxTxK))
-    return _causal_cudnn(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK).swapaxes(1, 2)
-
-
-_causal_cudnn = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    return backend.causal_cudnn(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK).swapaxes(1, 2)
 
 
 def attend(

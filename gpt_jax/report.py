@@ -2,13 +2,14 @@
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from gpt_jax.backend import describe_devices, describe_dtype, first_device
+from gpt_jax.backend import Dtype, describe_devices, describe_dtype, first_device, has_cudnn_attention
 from gpt_jax.config import ARTIFACTS, REPOSITORY, Config
 from gpt_jax.corpus import Corpus
 from gpt_jax.metrics import Record, best_record, show_time
@@ -18,15 +19,16 @@ LONG_ON_A_CPU = 30 * 60  # seconds; whoever waits longer should know of the smal
 
 
 def describe_run(
-    config: Config, dtype: str, workdir: Path, corpus: Corpus, mesh_shape: Any, n_params: int
+    config: Config, dtype: Dtype, workdir: Path, corpus: Corpus, mesh_shape: Any, n_params: int
 ) -> str:
     """The first lines: the device, the model, the data, and where things go."""
     model = config.model
     mesh = " x ".join(f"{size} {axis}" for axis, size in mesh_shape.items())
+    fused = not model.attention_dropout and has_cudnn_attention(replace(model, dtype=dtype), *first_device())
     return "\n".join(
         [
             f"device  {describe_devices()}, mesh {mesh}, {describe_dtype(dtype, *first_device())}, "
-            f"jax {jax.__version__}",
+            f"{'attention by cuDNN, ' if fused else ''}jax {jax.__version__}",
             f"model   {n_params:,} parameters: {model.n_layer} layers, {model.n_head} heads, "
             f"width {model.d_model}, context {model.context}",
             f"data    {_short(config.data.file)}: {len(corpus.train):,} characters train, "

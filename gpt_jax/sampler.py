@@ -38,6 +38,12 @@ def window_start(n: int, context: int) -> int:
     return n - half - (n - context - 1) % period
 
 
+def chunk_length(context: int) -> int:
+    """How many tokens a call of `decode` draws: equal chunks that fill a period, nearly to the token."""
+    period = context + 1 - max(context // 2, 1)
+    return -(-period // -(-period // CHUNK))
+
+
 def generate_tokens(
     model: GPT,
     params: Params,
@@ -96,8 +102,7 @@ def _half_pieces(
     logits_BxV, cache = prefill(model, params, window_BxW, np.int32(filled))
 
     room = context + 1 - filled  # tokens to predict before the window is too long
-    period = context + 1 - half
-    chunk = -(-period // -(-period // CHUNK))  # equal chunks that fill a period, nearly to the token
+    chunk = chunk_length(context)
     for done in range(0, room, chunk):
         logits_BxV, cache, drawn_BxC = decode(
             model, chunk, params, logits_BxV, cache, rules, key, np.int32(n + done)

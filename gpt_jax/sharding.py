@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gpt_jax.config import MeshConfig
@@ -28,7 +29,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """A mesh (data, fsdp, tensor) over the first of `devices` (default: all there are).
 
     Raises:
-        UserError: there are too few devices.
+        UserError: there are too few devices, or they cannot be arranged so.
     """
     devices = jax.devices() if devices is None else devices
     n_other = config.fsdp * config.tensor
@@ -37,14 +38,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if n_devices > len(devices):
         raise UserError(
             f"mesh.data x mesh.fsdp x mesh.tensor = {' x '.join(map(str, shape))} needs {n_devices} "
-            f"devices, and {len(devices)} are here: choose smaller ones"
+            f"devices, and there are {len(devices)}: choose smaller ones"
         )
-    return jax.make_mesh(
-        shape,
-        ("data", "fsdp", "tensor"),
-        axis_types=(AxisType.Auto,) * 3,
-        devices=tuple(devices[:n_devices]),
-    )
+    try:
+        # Split: an axis of the mesh may take a part of an axis of the TPU's torus.
+        arranged = create_device_mesh(shape, devices[:n_devices], allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"mesh.data x mesh.fsdp x mesh.tensor = {' x '.join(map(str, shape))} cannot be laid out on "
+            f"these {len(devices)} devices ({reason}): choose powers of two that use all of them"
+        ) from None
+    return Mesh(arranged, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

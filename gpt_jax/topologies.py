@@ -1,4 +1,4 @@
-"""Devices that are not here, to compile for: TPU slices by libtpu, NVIDIA GPUs by JAX's CUDA plugin."""
+"""Absent accelerators to compile for: TPU slices by libtpu, NVIDIA GPUs by JAX's CUDA plugin."""
 
 import logging
 import math
@@ -51,7 +51,9 @@ def describe_topology(topology: str) -> tuple[Chip, Sequence[Any]]:
     devices = _tpus(topology, shape) if name in TPUS else _gpus(topology, name, shape)
     if name == "v4" and len(devices) == 2 * math.prod(map(int, shape.split("x"))):
         # Here JAX has a device for each of the two cores of a chip.
-        chip = replace(chip, name="v4 core", memory=16e9, flops=chip.flops / 2, bandwidth=chip.bandwidth / 2)
+        chip = replace(
+            chip, name="v4 core", memory=chip.memory / 2, flops=chip.flops / 2, bandwidth=chip.bandwidth / 2
+        )
     return chip, devices
 
 

@@ -6,6 +6,7 @@ import pytest
 from test_commands import environment
 
 from gpt_jax import backend
+from gpt_jax.config import ModelConfig
 from gpt_jax.errors import UserError
 
 
@@ -54,6 +55,30 @@ def test_bfloat16_where_the_hardware_multiplies_in_it(platform, compute_capabili
 )
 def test_what_is_said_of_the_precision(device, dtype, text):
     assert backend.describe_dtype(dtype, *device) == text
+
+
+@pytest.mark.parametrize(
+    "options, device, able",
+    [
+        ({}, ("gpu", "9.0"), True),
+        ({}, ("gpu", ""), True),  # an absent one
+        ({"dtype": "bfloat16"}, ("gpu", "7.5"), False),
+        ({"query_blocks": 2}, ("gpu", "9.0"), False),
+        ({"d_model": 2 * 136}, ("gpu", "9.0"), False),
+        ({}, ("tpu", ""), False),
+        ({}, ("cpu", ""), False),
+    ],
+)
+def test_cudnn_attends_where_it_can(options, device, able, monkeypatch):
+    config = ModelConfig(**{"n_head": 2, "d_model": 32} | options)
+    monkeypatch.setattr(backend, "causal_cudnn", lambda *qkv: qkv[0])
+    assert backend.has_cudnn_attention(config, *device) == able
+
+    def missing(*qkv):
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr(backend, "causal_cudnn", missing)
+    assert not backend.has_cudnn_attention(config, *device)
 
 
 def test_this_device_is_a_cpu():

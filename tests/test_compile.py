@@ -14,9 +14,10 @@ from test_commands import environment
 
 from gpt_jax import compile as command
 from gpt_jax import topologies
-from gpt_jax.chips import CHIPS, find_chip, flops_per_token, utilization
+from gpt_jax.chips import GIB, find_chip, flops_per_token, utilization
 from gpt_jax.config import REPOSITORY, Config, MeshConfig, ModelConfig
-from gpt_jax.errors import UserError
+from gpt_jax.errors import RunError, UserError
+from gpt_jax.hlo import Costs
 from gpt_jax.model import GPT
 from gpt_jax.optimizer import make_optimizer
 from gpt_jax.sharding import make_mesh
@@ -42,7 +43,9 @@ def compile_it(*flags, config="smoke"):
     "kind, name",
     [("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v5p", "v5p"), ("TPU v4", "v4"), ("TPU v6 lite", "v6e"),
      ("NVIDIA A100-SXM4-40GB", "a100-40gb"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA H200", "h200"),
-     ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA B200", "b200"), ("cpu", None), ("Tesla T4", None)],
+     ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA B200", "b200"), ("NVIDIA GB200", None),
+     ("NVIDIA H200 NVL", None), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("cpu", None),
+     ("Tesla T4", None)],
 )  # fmt: skip
 def test_a_chip_is_found_by_what_jax_calls_it(kind, name):
     chip = find_chip(kind)
@@ -94,11 +97,12 @@ def test_the_first_setting_to_change_when_memory_is_short():
     assert "--config.train.accumulate=6" in advice(train={"batch_size": 12, "accumulate": 3})
     assert "--config.model.remat=block" in advice(train={"batch_size": 12, "accumulate": 12})
     assert "--config.model.remat=block" in advice(8, train={"batch_size": 8, "accumulate": 1})
-    assert "--config.mesh.fsdp" in advice(
+    assert "--config.train.accumulate=3" in advice(4, train={"batch_size": 12, "accumulate": 1})
+    assert "--config.mesh.tensor" in advice(
         train={"batch_size": 12, "accumulate": 12}, model={"remat": "block"}
     )
     # Neither evaluation nor sampling keeps activations for a gradient.
-    assert "--config.mesh.fsdp" in advice(name="evaluation", train={"batch_size": 12, "accumulate": 12})
+    assert "--config.mesh.tensor" in advice(name="evaluation", train={"batch_size": 12, "accumulate": 12})
     assert "--rows" in advice(name="decode", train={"batch_size": 12, "accumulate": 1})
 
 
@@ -145,7 +149,7 @@ def test_an_old_jax_is_one_line():
 def test_a_small_model_is_compiled_for_a_tpu(tmp_path):
     done = compile_it("--topology=v5e:2x2", f"--json={tmp_path}/out.json", "--config.mesh.fsdp=2")
     assert done.returncode == 0, done.stderr
-    assert "4 x v5e (16 GB, 197 TFLOP/s bfloat16, 819 GB/s), mesh 2 data x 2 fsdp x 1 tensor" in done.stdout
+    assert "4 x v5e (16 GiB, 197 TFLOP/s bfloat16, 819 GB/s), mesh 2 data x 2 fsdp x 1 tensor" in done.stdout
     values = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     programs = {program["name"]: program for program in values["programs"]}
     assert list(programs) == ["train", "evaluation", "prefill", "decode"]
@@ -154,7 +158,38 @@ def test_a_small_model_is_compiled_for_a_tpu(tmp_path):
     assert programs["train"]["costs"]["flops"] == pytest.approx(formula, rel=0.3)
     assert programs["train"]["costs"]["cycles"] > programs["decode"]["costs"]["cycles"] > 0
     assert programs["train"]["costs"]["collectives"] and not programs["decode"]["costs"]["collectives"]
-    assert all(program["in_all"] > program["arguments"] > 0 for program in values["programs"])
+    assert all(program["total"] > program["arguments"] > 0 for program in values["programs"])
+
+
+def report_of(name, total):
+    return command.Report(name, "a step", 1.0, 0, 0, total, total, False, Costs())
+
+
+def test_a_gpu_has_the_part_of_its_memory_that_jax_takes():
+    config, mesh = (
+        Config.from_dict({"train": {"batch_size": 8, "accumulate": 1}}),
+        make_mesh(MeshConfig(data=1)),
+    )
+    h100 = find_chip("NVIDIA H100 80GB HBM3")
+    command.check_memory(report_of("train", 59 * GIB), h100, "gpu", config, mesh)
+    with pytest.raises(RunError, match=r"needs 65.5 GB, more than the 75% .*--config.train.accumulate=2"):
+        command.check_memory(report_of("train", 61 * GIB), h100, "gpu", config, mesh)
+    command.check_memory(report_of("train", 61 * GIB), find_chip("TPU v5"), "tpu", config, mesh)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    "topology, mesh", [("v6e:4x4", ["fsdp=8"]), ("v5e:2x4", ["data=3"]), ("v5p:4x4x4", ["fsdp=8"])]
+)
+def test_a_mesh_that_a_slice_cannot_hold_is_one_line_or_fits(topology, mesh):
+    """An axis of the mesh may be a part of an axis of the torus; three of eight chips are no mesh."""
+    _, devices = topologies.describe_topology(topology)
+    sizes = {name: int(size) for name, size in (setting.split("=") for setting in mesh)}
+    if "data" in sizes:
+        with pytest.raises(UserError, match="= 3 x 1 x 1 cannot be laid out on these 8 devices"):
+            make_mesh(MeshConfig(**sizes), devices)
+    else:
+        assert make_mesh(MeshConfig(**sizes), devices).size == len(devices)
 
 
 @needs_libtpu
@@ -173,13 +208,6 @@ def test_what_does_not_fit_is_one_line_with_the_setting_to_change():
 def test_a_small_model_is_compiled_for_a_gpu():
     done = compile_it("--topology=h100:2")
     assert done.returncode == 0, done.stderr
-    assert "2 x h100 (80 GB" in done.stdout and "all-reduce" in done.stdout
+    assert "2 x h100 (80 GiB" in done.stdout and "all-reduce" in done.stdout
     assert "__cudnn$fmhaSoftmaxBackward" in done.stdout
     assert "Traceback" not in done.stderr
-
-
-def test_the_table_is_sorted_out():
-    """Of two chips that fit one kind, the more particular one comes first."""
-    for place, chip in enumerate(CHIPS):
-        for kind in chip.kinds:
-            assert find_chip(kind) is chip, (place, kind)

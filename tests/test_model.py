@@ -11,7 +11,7 @@ import reference
 from conftest import MODELS, VOCAB, apply, init, make_params, small_model
 from flax import linen as nn
 
-from gpt_jax import model as model_module
+from gpt_jax import backend
 from gpt_jax.config import REPOSITORY, Config
 from gpt_jax.loss import batch_loss, token_losses
 from gpt_jax.model import GPT, attend_in_blocks, unstack_layers
@@ -284,14 +284,8 @@ def test_the_fused_kernel_gets_what_attend_gets(name, monkeypatch):
         return jax.nn.dot_product_attention(*qkv, is_causal=True, implementation="xla")
 
     plain = loss_and_gradient()
-    monkeypatch.setattr(model_module, "_causal_cudnn", stand_in)
-    monkeypatch.setattr(model_module, "platform_of_model", lambda mesh: "gpu")
+    monkeypatch.setattr(backend, "causal_cudnn", stand_in)
+    monkeypatch.setattr(backend, "has_cudnn_attention", lambda config, *device: True)
     fused = loss_and_gradient()
     assert calls
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), fused, plain)
-
-
-@pytest.mark.parametrize("options", [{}, {"query_blocks": 2}, {"dtype": "float32"}])
-def test_without_cudnn_the_plain_attention_serves(options, monkeypatch):
-    monkeypatch.setattr(model_module, "platform_of_model", lambda mesh: "gpu")
-    assert not model_module.has_fused_attention(small_model(**{"dtype": "bfloat16"} | options), None)
