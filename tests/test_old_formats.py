@@ -35,7 +35,7 @@ def test_an_old_model_is_read_and_sampled(name):
 def test_an_old_run_trains_on_nearly_as_it_would_have(tmp_path, capsys):
     """Muon with a moving average and skipped spikes, bigrams, convolution, dropout in two micro-batches.
 
-    Not to the same losses: it drew its dropout masks in another way.
+    The losses are those of today's dropout masks; it drew them in another way and reached 1.9038 and 1.9066.
     """
     workdir = tmp_path / "run"
     shutil.copytree(DATA / "run_v1", workdir)
@@ -47,5 +47,5 @@ def test_an_old_run_trains_on_nearly_as_it_would_have(tmp_path, capsys):
     assert "dtype   the checkpoint does not record its precision: continuing in float32" in said
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [5, 10, 15, 20]
-    assert records[-1]["train_loss"] == pytest.approx(1.9038314, abs=0.02)
-    assert records[-1]["val_loss"] == pytest.approx(1.9065937, abs=0.02)
+    assert records[-1]["train_loss"] == pytest.approx(1.9035196, abs=1e-3)
+    assert records[-1]["val_loss"] == pytest.approx(1.9065072, abs=1e-3)
