@@ -3,8 +3,8 @@
     python train.py --config configs/shakespeare.py
 
 Expect: not yet measured on a GPU or TPU, nor trained to the end. On two cores of an AMD EPYC (Zen 5) a step
-took 5.4 to 6.4 s (JAX 0.12.0.1), so all take 7.5 to 9 hours, in 1.4 GiB of memory, evaluation counted. Dropout
-masks were slower to draw then: with those of now a step of 4 windows takes 0.83 times as long.
+took 5.4 to 6.4 s (JAX 0.12.0.1), so all take 7.5 to 9 hours, in 1.4 GiB of memory, evaluation counted.
+Dropout masks were slower to draw then: with those of now a step of 4 windows takes 0.83 times as long.
 """
 
 from ml_collections import ConfigDict
