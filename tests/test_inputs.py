@@ -1,4 +1,4 @@
-"""What people put in: texts to train on, prompts and rules to sample by. The README has a table of it."""
+"""What people put in: texts to train on, prompts and rules to sample by. docs/faults.md has a table of it."""
 
 import os
 import signal
