@@ -39,10 +39,12 @@ from gpt_jax.errors import UserError, run_main
 from gpt_jax.loss import make_loss_of_tokens
 from gpt_jax.model import GPT
 from gpt_jax.optimizer import TRACEABLE, make_optimizer
+from gpt_jax.params import count_params, init_params
 from gpt_jax.resume import settle
+from gpt_jax.rng import INIT_STREAM, stream
 from gpt_jax.sharding import make_mesh
-from gpt_jax.train_state import TrainState, count_params, init_params
-from gpt_jax.train_step import INIT_STREAM, stream, train_step
+from gpt_jax.train_state import TrainState
+from gpt_jax.train_step import train_step
 
 Settings = dict[str, Any]
 Evaluation = tuple[int, float | None]

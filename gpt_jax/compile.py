@@ -32,14 +32,15 @@ from gpt_jax.corpus import Corpus, load_corpus
 from gpt_jax.errors import RunError, UserError, run_main
 from gpt_jax.hlo import Costs, Program
 from gpt_jax.loss import window_losses
-from gpt_jax.model import GPT, Params, unstack_layers
+from gpt_jax.model import GPT, Params
 from gpt_jax.optimizer import make_optimizer
+from gpt_jax.params import abstract_params, unstack_layers
 from gpt_jax.resume import settle
 from gpt_jax.sampler import chunk_length, decode, prefill
 from gpt_jax.sampling import make_rules
 from gpt_jax.sharding import make_mesh, platform_of, replicated
 from gpt_jax.topologies import describe_topology
-from gpt_jax.train_state import abstract_params, abstract_state
+from gpt_jax.train_state import abstract_state
 from gpt_jax.train_step import make_train_steps
 from gpt_jax.trainer import MAX_STEPS_PER_CALL
 

@@ -24,8 +24,8 @@ from gpt_jax.errors import UserError, run_main
 from gpt_jax.evaluate import corpus_of
 from gpt_jax.exported import DTYPES, FILES, MODEL, check_replaceable, write_exported
 from gpt_jax.model import Params, compute_dtype
+from gpt_jax.params import count_params, name_leaves
 from gpt_jax.run import Run, load, newest_run
-from gpt_jax.train_state import count_params, name_leaves
 
 
 def export(run: Run, out: Path, dtype: str = "float32") -> Run:

@@ -28,10 +28,10 @@ from gpt_jax.config import Config, MeshConfig
 from gpt_jax.errors import RunError, UserError
 from gpt_jax.integrity import sync
 from gpt_jax.metadata import Metadata
-from gpt_jax.model import GPT, Params, unstack_layers
+from gpt_jax.model import GPT, Params
+from gpt_jax.params import abstract_params, count_params, name_leaves, unstack_layers
 from gpt_jax.sharding import make_mesh
 from gpt_jax.tokenizer import CharTokenizer
-from gpt_jax.train_state import abstract_params, count_params, name_leaves
 
 MODEL, CONFIG, TOKENIZER, CARD = FILES = ("model.safetensors", "config.json", "tokenizer.json", "README.md")
 DTYPES = {"float32": "F32", "float16": "F16"}  # as safetensors names them

@@ -78,15 +78,6 @@ def empty_cache(config: ModelConfig, vocab_size: int, batch_size: int) -> Cache:
     return Cache(layers, length=jnp.int32(0), last_B=jnp.full(batch_size, vocab_size, jnp.int32))
 
 
-def unstack_layers(params: Params) -> Params:
-    """Parameters of `GPT(stacked=True)` as `GPT(stacked=False)` wants them: one tree a layer."""
-    params = dict(params)
-    blocks = params.pop("blocks")
-    n_layer = jax.tree.leaves(blocks)[0].shape[0]
-    layers = {f"block_{i}": jax.tree.map(lambda p, i=i: p[i], blocks) for i in range(n_layer)}
-    return params | layers
-
-
 def in_compute_dtype(config: ModelConfig, params: Params) -> Params:
     """Kernels and embeddings in the type that they are multiplied in.
 

@@ -13,7 +13,7 @@ from gpt_jax.backend import Dtype, describe_devices, describe_dtype, first_devic
 from gpt_jax.config import ARTIFACTS, REPOSITORY, Config
 from gpt_jax.corpus import Corpus
 from gpt_jax.metrics import Record, best_record, show_time
-from gpt_jax.train_state import name_leaves
+from gpt_jax.params import name_leaves
 
 LONG_ON_A_CPU = 30 * 60  # seconds; whoever waits longer should know of the small recipe
 

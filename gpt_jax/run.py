@@ -18,13 +18,13 @@ from gpt_jax.exported import is_exported, read_exported
 from gpt_jax.integrity import DamagedError
 from gpt_jax.loss import Announce, LossOfTokens, in_silence, make_loss_of_tokens
 from gpt_jax.metadata import Metadata, read_metadata
-from gpt_jax.model import GPT, Params, unstack_layers
+from gpt_jax.model import GPT, Params
+from gpt_jax.params import abstract_params, count_params, unstack_layers
+from gpt_jax.rng import SAMPLE_STREAM, stream
 from gpt_jax.sampler import generate_tokens
 from gpt_jax.sampling import SamplingRules, make_rules
 from gpt_jax.sharding import make_mesh
 from gpt_jax.tokenizer import CharTokenizer
-from gpt_jax.train_state import abstract_params, count_params
-from gpt_jax.train_step import SAMPLE_STREAM, stream
 
 PRETRAINED = ARTIFACTS / "pretrained"
 WINDOWS = ("half", "exact")

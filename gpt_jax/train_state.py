@@ -10,7 +10,8 @@ from flax import struct
 from jax.sharding import Mesh
 
 from gpt_jax.model import GPT, Params
-from gpt_jax.sharding import param_shardings, replicated
+from gpt_jax.params import abstract_params, init_params, with_sharding
+from gpt_jax.sharding import replicated
 
 
 class TrainState(struct.PyTreeNode):
@@ -32,17 +33,6 @@ class TrainState(struct.PyTreeNode):
     def eval_params(self) -> Params:
         """The parameters to evaluate and to sample with: the average where there is one."""
         return self.params if self.ema_params is None else self.ema_params
-
-
-def init_params(model: GPT, key: jax.Array) -> Params:
-    """Fresh parameters, each boxed by linen with the names of its axes."""
-    return model.init(key, jnp.zeros((1, model.config.context), jnp.int32))["params"]
-
-
-def abstract_params(model: GPT, mesh: Mesh) -> Params:
-    """Shapes, types and shardings of the parameters, without making them."""
-    boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    return jax.tree.map(_with_sharding, nn.unbox(boxed), param_shardings(mesh, boxed))
 
 
 def abstract_state(
@@ -85,22 +75,9 @@ def init_state(
     return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, target))(key)
 
 
-def count_params(params: Params) -> int:
-    """How many numbers the parameters hold."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def name_leaves(tree: Any) -> dict[str, Any]:
-    """`{"blocks.mlp.up.kernel": leaf}`: the leaves of a tree by their paths."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
 def _is_masked(leaf: Any) -> bool:
     return isinstance(leaf, optax.MaskedNode)  # stands where one part of an optimizer leaves a parameter
 
 
 def _with_sharding(leaf: Any, sharding: Any) -> Any:
-    if _is_masked(leaf):
-        return leaf
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return leaf if _is_masked(leaf) else with_sharding(leaf, sharding)

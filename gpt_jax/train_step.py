@@ -11,19 +11,12 @@ from gpt_jax.config import Config
 from gpt_jax.loss import batch_loss
 from gpt_jax.model import GPT, Params
 from gpt_jax.optimizer import count_skipped
+from gpt_jax.rng import BATCH_STREAM, DROPOUT_STREAM, stream
 from gpt_jax.sharding import count_shards, platform_of, replicated, split_batch
 from gpt_jax.train_state import TrainState
 
-# Independent streams of random numbers, each folded into the key of the seed.
-INIT_STREAM, BATCH_STREAM, DROPOUT_STREAM, SAMPLE_STREAM = range(4)
-
 Metrics = dict[str, Any]
 TrainSteps = Any  # a jitted or compiled (state, tokens_N, seed, n_steps) -> (state, metrics)
-
-
-def stream(seed: int | jax.Array, name: int) -> jax.Array:
-    """The random stream `name` of a run."""
-    return jax.random.fold_in(jax.random.key(seed), name)
 
 
 def loss_and_gradient(

@@ -37,8 +37,9 @@ from gpt_jax.metrics import (
     plot_losses,
     read_metrics,
 )
-from gpt_jax.model import GPT, unstack_layers
+from gpt_jax.model import GPT
 from gpt_jax.optimizer import count_skipped, make_optimizer, make_schedule
+from gpt_jax.params import abstract_params, count_params, unstack_layers
 from gpt_jax.report import (
     describe_bad_evaluation,
     describe_end,
@@ -52,13 +53,14 @@ from gpt_jax.report import (
     promise_time,
 )
 from gpt_jax.resume import resolve_run_dtype, restore_newest, settle, state_items
+from gpt_jax.rng import INIT_STREAM, SAMPLE_STREAM, stream
 from gpt_jax.run import checkpoint_folder
 from gpt_jax.sampler import generate_tokens
 from gpt_jax.sampling import make_rules
 from gpt_jax.sharding import make_mesh, replicated
 from gpt_jax.signals import stop_signals
-from gpt_jax.train_state import TrainState, abstract_params, abstract_state, count_params, init_state
-from gpt_jax.train_step import INIT_STREAM, SAMPLE_STREAM, Metrics, TrainSteps, make_train_steps, stream
+from gpt_jax.train_state import TrainState, abstract_state, init_state
+from gpt_jax.train_step import Metrics, TrainSteps, make_train_steps
 
 MAX_STEPS_PER_CALL = 100
 SECONDS_PER_CALL = 1.0  # about how long the program is deaf to Ctrl-C, and the bar stands still

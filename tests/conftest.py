@@ -26,7 +26,7 @@ from flax import linen as nn
 
 from gpt_jax.config import REPOSITORY, Config, ModelConfig
 from gpt_jax.model import GPT
-from gpt_jax.train_state import init_params
+from gpt_jax.params import init_params
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

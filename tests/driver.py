@@ -19,7 +19,7 @@ import optax
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from gpt_jax import checkpoint, train_step, trainer  # noqa: E402
+from gpt_jax import checkpoint, rng, train_step, trainer  # noqa: E402
 
 # Who runs the tests under nohup has it ignored, and so would train.py.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -64,7 +64,7 @@ def wrap_result(module, name, calls):
 def spoil_step(step, spoil):
     """In the step number `step` (0 is the first), `spoil(params, here)` is added to the loss."""
     batch_loss = train_step.batch_loss
-    dropout_stream = train_step.stream(1337, train_step.DROPOUT_STREAM)
+    dropout_stream = rng.stream(1337, rng.DROPOUT_STREAM)
 
     def spoiled(params, model, inputs, targets, key):
         loss = batch_loss(params, model, inputs, targets, key)

@@ -20,8 +20,9 @@ from gpt_jax.errors import RunError, UserError
 from gpt_jax.hlo import Costs
 from gpt_jax.model import GPT
 from gpt_jax.optimizer import make_optimizer
+from gpt_jax.params import abstract_params, name_leaves
 from gpt_jax.sharding import make_mesh
-from gpt_jax.train_state import abstract_params, abstract_state, name_leaves
+from gpt_jax.train_state import abstract_state
 from gpt_jax.train_step import make_train_steps
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")

@@ -14,8 +14,8 @@ from flax import linen as nn
 from gpt_jax import backend
 from gpt_jax.config import REPOSITORY, Config
 from gpt_jax.loss import batch_loss, token_losses
-from gpt_jax.model import GPT, attend_in_blocks, unstack_layers
-from gpt_jax.train_state import count_params, init_params
+from gpt_jax.model import GPT, attend_in_blocks
+from gpt_jax.params import count_params, init_params, unstack_layers
 
 
 def random_tokens(*shape, seed=0):

@@ -15,9 +15,10 @@ from gpt_jax.hlo import Program
 from gpt_jax.loss import window_losses
 from gpt_jax.model import GPT
 from gpt_jax.optimizer import make_optimizer
+from gpt_jax.params import name_leaves
 from gpt_jax.sharding import make_mesh, replicated
 from gpt_jax.topologies import describe_topology
-from gpt_jax.train_state import abstract_state, name_leaves
+from gpt_jax.train_state import abstract_state
 from gpt_jax.train_step import make_train_steps
 
 # Activations alone have an axis that is a multiple of the context, as a flat batch of tokens is, too:

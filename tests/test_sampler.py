@@ -4,7 +4,8 @@ import pytest
 from conftest import MODELS, VOCAB, apply, make_params, small_model
 from scipy import stats
 
-from gpt_jax.model import GPT, empty_cache, unstack_layers
+from gpt_jax.model import GPT, empty_cache
+from gpt_jax.params import unstack_layers
 from gpt_jax.sampler import generate_tokens, prefill, window_start
 from gpt_jax.sampling import apply_rules, make_rules
 

@@ -8,11 +8,10 @@ from conftest import draw
 from gpt_jax.config import REPOSITORY
 
 ORDER = [
-    "output", "errors", "config", "chips", "backend", "tokenizer", "corpus", "batches", "sharding", "dropout",
-    "model", "loss", "optimizer", "hlo", "train_state", "train_step", "integrity", "compilation", "lock",
-    "metrics", "checkpoint",
-    "metadata", "exported", "sampling", "sampler", "run", "signals", "report", "resume", "trainer",
-    "command_line", "topologies", "compile",
+    "output", "errors", "config", "chips", "backend", "tokenizer", "corpus", "batches", "sharding",
+    "dropout", "model", "params", "rng", "loss", "optimizer", "hlo", "train_state", "train_step",
+    "integrity", "compilation", "lock", "metrics", "checkpoint", "metadata", "exported", "sampling",
+    "sampler", "run", "signals", "report", "resume", "trainer", "command_line", "topologies", "compile",
     "evaluate", "export", "write_samples",
 ]  # fmt: skip
 PACKAGE = REPOSITORY / "gpt_jax"
@@ -35,6 +34,17 @@ def imports(path):
 
 def test_every_module_has_its_place():
     assert {path.stem for path in PACKAGE.glob("*.py")} == {*ORDER, "__init__"}
+
+
+def test_reading_a_model_imports_no_training():
+    """A model is loaded, evaluated and sampled without the optimizer and the training step."""
+    needed, new = set(), {"run"}
+    while new:
+        needed |= new
+        new = set().union(*(imports(PACKAGE / f"{module}.py") for module in new)) - needed
+        new &= set(ORDER)
+    assert needed >= {"model", "sampler", "checkpoint", "exported"}
+    assert not needed & {"optimizer", "train_state", "train_step", "trainer"}
 
 
 @pytest.mark.parametrize("module", ORDER)

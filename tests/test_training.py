@@ -18,10 +18,11 @@ from gpt_jax.metrics import read_metrics
 from gpt_jax.model import GPT
 from gpt_jax.optimizer import make_optimizer
 from gpt_jax.resume import state_items
+from gpt_jax.rng import INIT_STREAM, stream
 from gpt_jax.run import checkpoint_folder, load
 from gpt_jax.sharding import make_mesh, replicated
 from gpt_jax.train_state import abstract_state, init_state
-from gpt_jax.train_step import INIT_STREAM, make_train_steps, stream
+from gpt_jax.train_step import make_train_steps
 
 MESHES = {
     "1": {"data": 1},
