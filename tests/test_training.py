@@ -244,7 +244,7 @@ def test_a_run_keeps_its_precision(tiny_config, tmp_path, monkeypatch, capsys):
     assert metadata_of(whole)["compute_dtype"] == "float32"
     train_and_stop(config, moved, 12, monkeypatch)
     for module in (backend, report):
-        monkeypatch.setattr(module, "first_device", lambda: ("gpu", "9.0"))
+        monkeypatch.setattr(module, "first_device", lambda *_: ("gpu", "9.0"))
     capsys.readouterr()
     assert trainer.train(config, moved) == 0
     said = capsys.readouterr().out
@@ -365,5 +365,5 @@ def test_a_validation_loss_that_is_no_number_is_not_saved(tiny_config, tmp_path,
 
 
 def test_a_mesh_too_large_is_named(tiny_config):
-    with pytest.raises(UserError, match="= 8 x 2 x 1 needs 16 devices, and 8 are here"):
+    with pytest.raises(UserError, match="= 8 x 2 x 1 needs 16 devices, and there are 8"):
         make_mesh(tiny_config(mesh={"data": 8, "fsdp": 2}, train={"batch_size": 16}).mesh)
