@@ -167,10 +167,8 @@ def report_of(name, total):
 
 
 def test_a_gpu_has_the_part_of_its_memory_that_jax_takes():
-    config, mesh = (
-        Config.from_dict({"train": {"batch_size": 8, "accumulate": 1}}),
-        make_mesh(MeshConfig(data=1)),
-    )
+    config = Config.from_dict({"train": {"batch_size": 8, "accumulate": 1}})
+    mesh = make_mesh(MeshConfig(data=1))
     h100 = find_chip("NVIDIA H100 80GB HBM3")
     command.check_memory(report_of("train", 59 * GIB), h100, "gpu", config, mesh)
     with pytest.raises(RunError, match=r"needs 65.5 GB, more than the 75% .*--config.train.accumulate=2"):
