@@ -18,17 +18,17 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from facts import REPOSITORY
 
-from gpt_jax.config import REPOSITORY
-from gpt_jax.metrics import read_metrics
+from gpt_jax.monitor.metrics import read_metrics
 
 ITEMS = ("params", "opt_state", "ema_params")
 TIMING = ("seconds", "tokens_per_second")
 # A model of seconds with all that must survive: a moving average, dropout, skipped spikes, micro-batches.
 SETTINGS: dict[str, Any] = {
     "model.n_layer": 1, "model.d_model": 16, "model.n_head": 2, "model.context": 16, "model.dropout": 0.1,
-    "optimizer.ema_decay": 0.9, "optimizer.skip_above": 1.5, "optimizer.warmup_steps": 2,
-    "train.steps": 40, "train.batch_size": 8, "train.accumulate": 2, "train.eval_every": 10,
+    "optimizer.ema_decay": 0.9, "optimizer.skip_grad_norm_factor": 1.5, "optimizer.warmup_steps": 2,
+    "train.steps": 40, "train.batch_size": 8, "train.grad_accum_steps": 2, "train.eval_every": 10,
     "train.log_every": 3, "train.sample_length": 10, "train.save_minutes": 1e-6,
 }  # fmt: skip
 

@@ -6,8 +6,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from gpt_jax.config import REPOSITORY
 from gpt_jax.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 OURS = ("jax", "jaxlib", "flax", "numpy")
 

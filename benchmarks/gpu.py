@@ -22,17 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout that this file lies in
-
 import numpy as np
 from disturb import differences, result_of
-from facts import OURS, commit, machine, versions
+from facts import OURS, REPOSITORY, commit, machine, versions
 from time_to_loss import absolute_program, prepare_nanogpt
 
-from gpt_jax.backend import describe_devices
-from gpt_jax.config import REPOSITORY
+import gpt_jax
 from gpt_jax.errors import RunError, UserError
-from gpt_jax.metrics import read_metrics
+from gpt_jax.monitor.metrics import read_metrics
+from gpt_jax.parallel.devices import describe_devices
 
 Result = dict[str, Any]
 
@@ -43,7 +41,7 @@ OFTEN = ("--config.train.eval_every=50", "--config.train.log_every=1")
 TINY = (
     "--config.model.n_layer=1", "--config.model.n_head=2", "--config.model.d_model=16",
     "--config.model.d_mlp=0", "--config.model.context=16", "--config.train.steps=20",
-    "--config.train.batch_size=8", "--config.train.accumulate=1", "--config.train.eval_every=10",
+    "--config.train.batch_size=8", "--config.train.grad_accum_steps=1", "--config.train.eval_every=10",
     "--config.optimizer.warmup_steps=2",
 )  # fmt: skip
 TINY_NANOGPT = (
@@ -151,7 +149,7 @@ def train(
     try:
         bench.run(command, log)
     finally:
-        describe(workdir, log, result)
+        describe(workdir, result)
         if target is not None:
             if bench.dry:
                 target = 9.0  # any model is better
@@ -159,20 +157,17 @@ def train(
             result |= {"target": target, "reached": reached}
 
 
-def describe(workdir: Path, log: Path, result: Result) -> None:
+def describe(workdir: Path, result: Result) -> None:
     """What came of a run, finished or not: its losses, when they were reached, and how fast it was.
 
     Of each evaluation, `train_seconds` are those of the steps alone, `wall_seconds` count from the first step
     on, evaluating and saving included, and `process_seconds` from the start of the process, compilation
     included.
     """
-    text = log.read_text(encoding="utf-8", errors="replace")
-    if found := re.search(r"^device +(.*)", text, flags=re.MULTILINE):
-        result["device"] = found[1]
-    if found := re.search(r"^model +([\d,]+) parameters", text, flags=re.MULTILINE):
-        result["parameters"] = int(found[1].replace(",", ""))
-    if found := re.search(r"^compile training steps \.\.\. ([\d.]+) s", text, flags=re.MULTILINE):
-        result["compile_seconds"] = float(found[1])
+    if (workdir / "run.json").exists():
+        facts = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
+        result |= {name: facts[name] for name in ("device", "dtype", "parameters")}
+        result["compile_seconds"] = facts["compile_seconds"]["training steps"]
     evaluations: list[Result] = []
     result["evaluations"] = evaluations
     records = read_metrics(workdir / "metrics.jsonl")
@@ -206,22 +201,12 @@ def describe(workdir: Path, log: Path, result: Result) -> None:
 
 
 def sampling(bench: Bench, result: Result) -> None:
-    """Characters a second of `sample.py --length 10000`: compilation counted, and then compiled before."""
-    command = [
-        sys.executable, str(REPOSITORY / "sample.py"), "--length=10000", "--show=0",
-        f"--workdir={bench.work / 'record_5'}", f"--out={bench.work / 'output.txt'}",
-    ]  # fmt: skip
-    cache = {
-        "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "JAX_COMPILATION_CACHE_DIR": str(bench.work / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    for name in ("compilation_counted", "compiled_before"):
-        text = bench.run(command, bench.work / "sampling.log", cache)
-        found = re.search(r"([\d,]+) characters in ([\d.]+) s \(([\d,]+) a second", text)
-        if found is None:
-            raise RunError(f"sample.py said nothing of its speed: {text[-200:]}")
-        result[f"characters_per_second_{name}"] = int(found[3].replace(",", ""))
+    """Characters a second of 10,000 generated ones, with compilation, and once more without."""
+    model = gpt_jax.load(bench.work / "record_5")
+    for name in ("with_compilation", "compiled_before"):
+        begun = time.monotonic()
+        text = model.generate(length=10_000, temperature=0.8)
+        result[f"characters_per_second_{name}"] = round(len(text) / (time.monotonic() - begun))
 
 
 def determinism(bench: Bench, result: Result) -> None:

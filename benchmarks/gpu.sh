@@ -10,6 +10,7 @@
 set -u
 here=$(dirname "${BASH_SOURCE[0]}")
 python=${PYTHON:-python}
+export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH} # this checkout, installed or not
 options=()
 if [ "${1:-}" = --dry ]; then
     GPU_DRY_RUN=1

@@ -21,8 +21,6 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout that this file lies in
-
 from disturb import Training, differences, result_of, spoil_something, steps_of, undisturbed, write_text
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

@@ -8,8 +8,8 @@
 at the end holds for all (behind a flag other than --seeds). Writes one JSON line a run, and leaves out the
 runs that the file already has, so the same command goes on after a stop; when the config itself has changed,
 begin another file. A run that comes to a NaN has the loss null from there on. --together 8 trains up to 8
-runs that differ only in seed, learning rates and weight decay at once (`jax.vmap` over runs): a small model
-leaves a GPU nearly idle. At the end, and with --show alone, prints a table: mean and spread over the seeds.
+runs that differ only in seed, learning rates and weight decay at once (`jax.vmap` over runs), as a small
+model uses little of a GPU. At the end, and with --show alone, prints a table: mean and spread over the seeds.
 """
 
 import argparse
@@ -22,30 +22,34 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout that this file lies in
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from facts import check_writable, commit, machine
 from flax import linen as nn
 
-from gpt_jax.backend import describe_devices
+from gpt_jax.commands.paths import text_file
+from gpt_jax.commands.run_main import run_main
 from gpt_jax.config import Config, flatten
-from gpt_jax.corpus import Corpus, load_corpus
-from gpt_jax.errors import UserError, run_main
-from gpt_jax.loss import make_loss_of_tokens
-from gpt_jax.model import GPT
-from gpt_jax.optimizer import TRACEABLE, make_optimizer
-from gpt_jax.params import count_params, init_params
-from gpt_jax.resume import settle
+from gpt_jax.data.corpus import Corpus, load_corpus
+from gpt_jax.errors import UserError
+from gpt_jax.model.loss import make_loss_of_tokens
+from gpt_jax.model.params import count_params, init_params
+from gpt_jax.model.transformer import GPT
+from gpt_jax.parallel.devices import describe_devices
+from gpt_jax.parallel.mesh import make_mesh
 from gpt_jax.rng import INIT_STREAM, stream
-from gpt_jax.sharding import make_mesh
-from gpt_jax.train_state import TrainState
-from gpt_jax.train_step import train_step
+from gpt_jax.training.optimizer import make_optimizer
+from gpt_jax.training.resume import resolve
+from gpt_jax.training.state import TrainState
+from gpt_jax.training.step import train_step
 
+# Settings that may differ between runs of one program: the optimizer only multiplies by them.
+TRACED = ("learning_rate", "muon_learning_rate", "weight_decay")
 Settings = dict[str, Any]
 Evaluation = tuple[int, float | None]
 DEFAULTS = flatten(Config())
@@ -91,8 +95,14 @@ def with_settings(base: Config, settings: Settings, seed: int) -> Config:
     return Config.from_dict(values)
 
 
+def with_arrays(config: Config, arrays: dict[str, jax.Array]) -> optax.GradientTransformation:
+    """The optimizer of a config, with arrays in place of some of its numbers."""
+    settings: Any = SimpleNamespace(**vars(config.optimizer) | arrays)
+    return make_optimizer(settings, config.train.steps)
+
+
 def train_together(configs: list[Config], corpus: Corpus) -> tuple[list[list[Evaluation]], float, int]:
-    """Train runs that differ in seed and `TRACEABLE` settings alone, all at once.
+    """Train runs that differ in seed and `TRACED` settings alone, all at once.
 
     Returns:
         For each run its evaluations (step, loss by the headline protocol; None where the run has come to
@@ -100,22 +110,22 @@ def train_together(configs: list[Config], corpus: Corpus) -> tuple[list[list[Eva
         model.
     """
     mesh = make_mesh(configs[0].mesh, jax.devices()[:1])
-    config = settle(configs[0], mesh)
+    config = resolve(configs[0], mesh)
     model = GPT(config.model, corpus.tokenizer.vocab_size, mesh=mesh)
     seeds_R = jnp.array([c.seed for c in configs], jnp.uint32)
-    traced_R = {name: jnp.array([getattr(c.optimizer, name) for c in configs]) for name in TRACEABLE}
+    traced_R = {name: jnp.array([getattr(c.optimizer, name) for c in configs]) for name in TRACED}
     keep_ema = config.optimizer.ema_decay > 0
 
     def init(seed: jax.Array, traced: dict[str, jax.Array]) -> TrainState:
         params = nn.unbox(init_params(model, stream(seed, INIT_STREAM)))
-        optimizer = make_optimizer(config.optimizer, config.train.steps, traced)
+        optimizer = with_arrays(config, traced)
         ema_params = jax.tree.map(jnp.copy, params) if keep_ema else None
         return TrainState(jnp.int32(0), params, optimizer.init(params), ema_params)
 
     def train(
         state: TrainState, seed: jax.Array, traced: dict[str, jax.Array], tokens_N: jax.Array, n: jax.Array
     ) -> TrainState:
-        optimizer = make_optimizer(config.optimizer, config.train.steps, traced)
+        optimizer = with_arrays(config, traced)
 
         def body(_: int, state: TrainState) -> TrainState:
             return train_step(state, tokens_N, seed, config, model, optimizer)[0]
@@ -126,7 +136,7 @@ def train_together(configs: list[Config], corpus: Corpus) -> tuple[list[list[Eva
     tokens_N = jnp.asarray(corpus.train)
     train_all = jax.jit(jax.vmap(train, in_axes=(0, 0, 0, None, None)), donate_argnums=0)
     compiled = train_all.lower(states, seeds_R, traced_R, tokens_N, jnp.int32(1)).compile()
-    loss_of_tokens = make_loss_of_tokens(model, config.train.batch_size // config.train.accumulate)
+    loss_of_tokens = make_loss_of_tokens(model, config.train.batch_size // config.train.grad_accum_steps)
 
     evaluations: list[list[Evaluation]] = [[] for _ in configs]
     begun, step = time.monotonic(), 0
@@ -164,7 +174,7 @@ def sweep(
             part = group[first : first + together]
             first_config = part[0][1]  # all of a part share text and context
             data = first_config.data
-            corpus = load_corpus(data.file, first_config.model.context, data.train_fraction)
+            corpus = load_corpus(text_file(data), first_config.model.context, data.train_fraction)
             evaluations, seconds, n_params = train_together([config for _, config in part], corpus)
             for (settings, config), losses in zip(part, evaluations, strict=True):
                 line = {
@@ -230,7 +240,7 @@ def _identity(line: dict[str, Any]) -> str:
 
 def _shape_of(config: Config) -> str:
     """Equal for runs that one program can train at once."""
-    free = {"seed", *(f"optimizer.{name}" for name in TRACEABLE)}
+    free = {"seed", *(f"optimizer.{name}" for name in TRACED)}
     return json.dumps({key: value for key, value in flatten(config).items() if key not in free})
 
 

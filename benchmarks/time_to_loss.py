@@ -30,13 +30,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout that this file lies in
+from facts import OURS, REPOSITORY, check_writable, commit, machine, versions
 
-from facts import OURS, check_writable, commit, machine, versions
-
-from gpt_jax.config import ARTIFACTS, REPOSITORY
-from gpt_jax.errors import RunError, UserError, run_main
-from gpt_jax.metrics import read_metrics
+from gpt_jax.commands.paths import ARTIFACTS
+from gpt_jax.commands.run_main import run_main
+from gpt_jax.errors import RunError, UserError
+from gpt_jax.monitor.metrics import read_metrics
 
 Evaluation = dict[str, float]  # "step", "loss", and "seconds" since the process was started
 EvaluationsAfter = Callable[[str], list[Evaluation]]

@@ -18,11 +18,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from facts import OURS, check_writable, commit, machine, versions
+from facts import OURS, REPOSITORY, check_writable, commit, machine, versions
 
-from gpt_jax.config import ARTIFACTS, REPOSITORY
-from gpt_jax.errors import RunError, UserError, run_main
-from gpt_jax.metrics import read_metrics
+from gpt_jax.commands.paths import ARTIFACTS
+from gpt_jax.commands.run_main import run_main
+from gpt_jax.errors import RunError, UserError
+from gpt_jax.monitor.metrics import read_metrics
 
 # Two steps, and little besides: no sample text, and a small validation split.
 SHORT = (

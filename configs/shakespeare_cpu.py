@@ -1,4 +1,4 @@
-"""A small modern GPT that two CPU cores train in minutes.
+"""A small modern GPT that trains in minutes on two CPU cores.
 
     python train.py --config configs/shakespeare_cpu.py
 
@@ -16,12 +16,12 @@ def get_config() -> ConfigDict:
     config = Config().to_config_dict()
     config.model.update(
         n_layer=4, n_head=2, d_model=160, context=256, norm="rmsnorm", activation="relu2",
-        position="rope", qk_norm=True, bigram=True, conv_width=3, embedding_skip=True, tied_embedding=False,
+        position="rope", qk_norm=True, bigram=True, conv_width=3, x0_residual=True, tied_embedding=False,
         zero_init=True, query_blocks=4,
     )  # fmt: skip
     config.optimizer.update(
         name="muon", muon_learning_rate=0.02, muon_momentum=0.9, learning_rate=1e-2, b1=0.9, b2=0.95,
-        weight_decay=0.15, embedding_decay=1.0, schedule="linear", warmup_steps=50, final_fraction=0.0,
+        weight_decay=0.15, embedding_decay=1.0, schedule="linear", warmup_steps=50, min_lr_ratio=0.0,
     )  # fmt: skip
     config.train.update(steps=1500, batch_size=8, eval_every=750, log_every=50)
     return config

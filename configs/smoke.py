@@ -1,4 +1,4 @@
-"""A model that is too small to be any good, to see the whole path run in seconds.
+"""A tiny model to check in seconds that training, evaluation, sampling and saving work.
 
     python train.py --config configs/smoke.py
 

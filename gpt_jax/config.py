@@ -1,26 +1,38 @@
-"""The settings of a run, as frozen dataclasses that cannot hold nonsense.
+"""The settings of a run, as frozen dataclasses that check their values.
 
-A config file (`configs/*.py`) makes an `ml_collections.ConfigDict`, which the command line can
-override; `Config.from_dict` turns it, at the door, into what the rest of the program reads.
+A config file (`configs/*.py`) returns an `ml_collections.ConfigDict`, which the command line can override.
+`Config.from_dict` turns it into the dataclasses that the rest of the program reads.
 """
 
 import dataclasses
 import difflib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import ml_collections
 
 from gpt_jax.errors import UserError
 
-# Default paths lie in the repository, whatever folder the user stands in.
-REPOSITORY = Path(__file__).resolve().parent.parent
-ARTIFACTS = REPOSITORY / "artifacts"
-LARGEST = 2**32  # of whole numbers: no setting means anything beyond
-MOST_UNROLLED = 64  # times that a loop of the model's code may run while it is compiled
+LARGEST = 2**32  # no integer setting makes sense above this
+MOST_UNROLLED = 64  # largest number of copies that a loop in the model's code may compile to
+
+
+class UnknownSettingError(UserError):
+    """A setting, or a choice for one, that does not exist."""
+
+
+Dtype = Literal["float32", "bfloat16"]  # of the activations
+
+# Old names of settings. Using one is an error that names the new one; stored runs are migrated when read.
+RENAMED = {
+    "model.embedding_skip": "model.x0_residual",
+    "optimizer.final_fraction": "optimizer.min_lr_ratio",
+    "optimizer.skip_above": "optimizer.skip_grad_norm_factor",
+    "train.accumulate": "train.grad_accum_steps",
+}
 
 
 @dataclass(frozen=True)
@@ -38,22 +50,22 @@ class ModelConfig:
     rope_base: float = 10_000.0
     qk_norm: bool = False  # RMSNorm of queries and keys before their product
     bias: bool = False  # in the linear layers and LayerNorms
-    bigram: bool = False  # a token is also embedded together with the one before it
-    conv_width: int = 0  # before the MLP, each channel is mixed over so many tokens; 0: it is not
-    embedding_skip: bool = False  # each block begins by adding a learned part of the embedding again
-    tied_embedding: bool = True  # the head is the transposed token embedding
-    zero_init: bool = False  # blocks begin as the identity: their last projections start at zero
+    bigram: bool = False  # bigram embedding: also embed each pair of a token and the one before it
+    conv_width: int = 0  # width W of the causal convolution over time before the MLP; 0: none
+    x0_residual: bool = False  # residual connection from the embedding (x0) to each block, with learned gates
+    tied_embedding: bool = True  # the output head is the transposed token embedding
+    zero_init: bool = False  # initialise the output projections of each block to zero
     init_std: float = 0.02
     dropout: float = 0.0  # on the embedding and on what each block adds
     attention_dropout: float = 0.0  # on the attention weights
-    query_blocks: int = 1  # attention in so many blocks of queries, each without the keys after it
-    # What the backward pass recomputes instead of keeping it; less memory for more time. "elementwise": all
-    # but the results of matrix products with parameters; "block": all but the input of each block; "auto":
-    # nothing on a CPU, "elementwise" elsewhere.
+    query_blocks: int = 1  # compute attention in this many blocks of queries, and skip the keys after each
+    # Rematerialisation: what the backward pass recomputes instead of storing, which saves memory and costs
+    # time. "elementwise": all but the results of matrix products with parameters; "block": all but the input
+    # of each block; "auto": "nothing" on a CPU, "elementwise" elsewhere.
     remat: Literal["auto", "nothing", "elementwise", "block"] = "auto"
     # Unroll the scan over layers: faster steps on a CPU, longer compilation. "auto": on a CPU.
     unroll: Literal["auto", "yes", "no"] = "auto"
-    # Of the computation; auto: bfloat16 on TPUs and on GPUs that have units for it, float32 elsewhere.
+    # Type of the activations. "auto": bfloat16 on TPUs and on GPUs that support it, float32 elsewhere.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     @property
@@ -84,22 +96,17 @@ class ModelConfig:
             )
         if self.position == "rope" and self.d_head % 2:
             raise UserError(
-                f"model.position = 'rope' turns pairs of channels, but a head is {self.d_head} wide "
+                f"model.position = 'rope' rotates pairs of channels, but a head is {self.d_head} wide "
                 f"(d_model / n_head): choose an even width"
             )
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The text, and how it is split by position: the first part trains, the rest validates."""
+    """The text, split by position: its first part trains, the rest validates."""
 
     path: str = ""  # a UTF-8 text file; empty: tiny Shakespeare, artifacts/input.txt
     train_fraction: float = 0.9
-
-    @property
-    def file(self) -> Path:
-        """The text file, absolute."""
-        return Path(self.path).expanduser().absolute() if self.path else ARTIFACTS / "input.txt"
 
     def __post_init__(self) -> None:
         if not 0 < self.train_fraction < 1:
@@ -113,66 +120,67 @@ class OptimizerConfig:
     """The optimizer, and the schedule of its learning rate: linear warm-up, then `schedule`."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 1e-3  # at the peak
+    learning_rate: float = 1e-3  # peak
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 100
-    final_fraction: float = 0.1  # the last learning rate as a part of the peak
+    min_lr_ratio: float = 0.1  # final learning rate / peak learning rate
     b1: float = 0.9
     b2: float = 0.99
     eps: float = 1e-8
-    weight_decay: float = 0.1  # decoupled; adamw: on all matrices, muon: on those of the blocks
-    clip_norm: float = 1.0  # largest global norm of the gradient; 0: no clipping
-    # Leave out an update whose gradient norm is above this many times the median of the last 64; 0: never.
-    skip_above: float = 0.0
-    # Of an exponential moving average of the parameters, which pays where the rate does not fall; 0: none.
+    weight_decay: float = 0.1  # decoupled; adamw: of all matrices, muon: of the matrices of the blocks
+    clip_norm: float = 1.0  # clip the gradient to this global norm; 0: no clipping
+    # Skip an update whose gradient norm is above this many times the median of the last 64; 0: never.
+    skip_grad_norm_factor: float = 0.0
+    # Decay of an exponential moving average (EMA) of the parameters, for constant learning rates; 0: none.
     ema_decay: float = 0.0
-    muon_learning_rate: float = 0.02  # muon: peak for the blocks' matrices; the rest is AdamW's
+    muon_learning_rate: float = 0.02  # muon: peak for the matrices of the blocks; AdamW updates the rest
     muon_momentum: float = 0.95
-    embedding_decay: float = 0.0  # muon: decoupled, times learning_rate, of embeddings and head
+    embedding_decay: float = 0.0  # muon: weight decay of the embeddings and the head
 
     def __post_init__(self) -> None:
         _positive(self, "optimizer", "learning_rate", "eps", "muon_learning_rate")
         _not_negative(
-            self, "optimizer", "warmup_steps", "weight_decay", "embedding_decay", "clip_norm", "skip_above"
-        )
+            self, "optimizer", "warmup_steps", "weight_decay", "embedding_decay", "clip_norm",
+            "skip_grad_norm_factor",
+        )  # fmt: skip
         _fraction(self, "optimizer", "b1", "b2", "ema_decay", "muon_momentum")
-        if not 0 <= self.final_fraction <= 1:
-            raise UserError(f"optimizer.final_fraction = {self.final_fraction} must lie in [0, 1]")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise UserError(f"optimizer.min_lr_ratio = {self.min_lr_ratio} must lie in [0, 1]")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long to train, on how much at a time, and how often to look."""
+    """How long to train, the batch size, and how often to evaluate, log and save."""
 
     steps: int = 5000
     batch_size: int = 64  # B: windows in one update
-    # Micro-batches that one update is worked through in; 0: one on a GPU or TPU, and on a CPU as many
-    # as leave about 1,024 tokens to each, which takes less memory and, thanks to its caches, less time.
-    # A run keeps the number that it began with: each micro-batch has dropout masks of its own.
-    accumulate: int = 0
+    # Gradient accumulation: micro-batches in one update. 0: one on a GPU or TPU; on a CPU micro-batches of
+    # about 1,024 tokens, which need less memory and, since they fit its caches, less time. A run keeps the
+    # number that it began with, because each micro-batch has its own dropout masks.
+    grad_accum_steps: int = 0
     eval_every: int = 250  # steps between evaluations of the whole validation split
     log_every: int = 10  # steps between lines of metrics.jsonl
-    save_minutes: float = 5.0  # a checkpoint at least this often, beside those at evaluations
-    sample_length: int = 200  # characters of sample text at each evaluation; 0: none
+    save_minutes: float = 5.0  # save at least this often, besides the checkpoint at each evaluation
+    sample_length: int = 200  # tokens of sample text at each evaluation; 0: none
     tensorboard: bool = False  # also write TensorBoard events: pip install -e '.[tensorboard]'
 
     def __post_init__(self) -> None:
         _positive(self, "train", "steps", "batch_size", "eval_every", "log_every", "save_minutes")
-        _not_negative(self, "train", "accumulate", "sample_length")
-        if self.accumulate and self.batch_size % self.accumulate:
+        _not_negative(self, "train", "grad_accum_steps", "sample_length")
+        if self.grad_accum_steps and self.batch_size % self.grad_accum_steps:
             raise UserError(
-                f"train.batch_size = {self.batch_size} cannot be split into train.accumulate = "
-                f"{self.accumulate} equal micro-batches"
+                f"train.batch_size = {self.batch_size} cannot be split into train.grad_accum_steps = "
+                f"{self.grad_accum_steps} equal micro-batches"
             )
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How devices are shared out: data copies x parameter shards x split layers."""
+    """The mesh of devices: data parallel x fully sharded data parallel x tensor parallel."""
 
-    data: int = 0  # 0: all devices that fsdp and tensor leave
-    fsdp: int = 1  # shards each parameter and its optimizer state
-    tensor: int = 1  # splits attention heads and MLP channels
+    data: int = 0  # 0: all devices / (fsdp x tensor)
+    fsdp: int = 1  # also split each parameter and its optimizer state
+    tensor: int = 1  # split attention heads and MLP channels
 
     def __post_init__(self) -> None:
         _not_negative(self, "mesh", "data")
@@ -198,7 +206,7 @@ class Config:
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} is longer than the run: "
                 f"train.steps = {self.train.steps}"
             )
-        micro_batch = self.train.batch_size // max(self.train.accumulate, 1)
+        micro_batch = self.train.batch_size // max(self.train.grad_accum_steps, 1)
         shards = max(self.mesh.data, 1) * self.mesh.fsdp
         _divides(shards, "mesh.data x mesh.fsdp", micro_batch, "windows of a (micro-)batch")
         _divides(self.mesh.fsdp, "mesh.fsdp", self.model.d_model, "channels of model.d_model")
@@ -210,7 +218,7 @@ class Config:
         """Check every key, type and range.
 
         Raises:
-            UserError: one line naming the key, its value and what would be right.
+            UserError: one line that names the key, its value and what would be right.
         """
         if isinstance(values, ml_collections.ConfigDict):
             values = values.to_dict()
@@ -219,20 +227,7 @@ class Config:
     @classmethod
     def from_json(cls, text: str) -> "Config":
         """The inverse of `to_json`."""
-        return cls.from_stored(json.loads(text))
-
-    @classmethod
-    def from_stored(cls, values: dict[str, Any]) -> "Config":
-        """Settings that an older version may have written."""
-        if isinstance(values, dict) and isinstance(values.get("model"), dict):
-            model = dict(values["model"])
-            # Both were bools. Their defaults, True and False, become "auto": the same on a CPU.
-            if isinstance(model.get("unroll"), bool):
-                model["unroll"] = "auto" if model["unroll"] else "no"
-            if isinstance(model.get("remat"), bool):
-                model["remat"] = "block" if model["remat"] else "auto"
-            values = values | {"model": model}
-        return cls.from_dict(values)
+        return cls.from_dict(json.loads(text))
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries of plain values."""
@@ -243,7 +238,7 @@ class Config:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     def to_config_dict(self) -> ml_collections.ConfigDict:
-        """What a config file starts from: every key there, so that every key can be overridden."""
+        """A `ConfigDict` with every key, so that config files and the command line can override each."""
         return ml_collections.ConfigDict(self.to_dict())
 
 
@@ -258,6 +253,24 @@ def flatten(config: Config) -> dict[str, Any]:
     return flat
 
 
+def unknown_setting(prefix: str, key: str, known: Iterable[str]) -> UnknownSettingError:
+    """An error that names the nearest known setting, or the new name of an old one.
+
+    Args:
+        prefix: of the group, such as "model.".
+        key: what was given.
+        known: the settings of the group.
+    """
+    shown = key if key.isprintable() else repr(key)  # an error is one line
+    if prefix + key in RENAMED:
+        return UnknownSettingError(
+            f"unknown setting {prefix}{shown}: it is now called {RENAMED[prefix + key]}"
+        )
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
+    return UnknownSettingError(f"unknown setting {prefix}{shown}: {hint}")
+
+
 def _build(cls: type, values: Any, prefix: str) -> Any:
     if not isinstance(values, dict):
         raise UserError(f"{prefix[:-1]} = {values!r} must be a group of settings")
@@ -265,10 +278,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     arguments = {}
     for key, value in values.items():
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(fields)}"
-            shown = key if str(key).isprintable() else repr(key)  # an error is one line
-            raise UserError(f"unknown setting {prefix}{shown}: {hint}")
+            raise unknown_setting(prefix, str(key), fields)
         wanted = fields[key].type
         if dataclasses.is_dataclass(wanted):
             arguments[key] = _build(wanted, value, f"{prefix}{key}.")  # type: ignore[arg-type]
@@ -282,7 +292,7 @@ def _checked(value: Any, wanted: Any, name: str) -> Any:
     if get_origin(wanted) is Literal:
         if value not in get_args(wanted):
             choices = ", ".join(map(repr, get_args(wanted)))
-            raise UserError(f"{name} = {value!r} must be one of {choices}")
+            raise UnknownSettingError(f"{name} = {value!r} must be one of {choices}")
         return value
     if type(value) is int and abs(value) > LARGEST:
         raise UserError(f"{name} must lie within {LARGEST:,} of 0")

@@ -1,4 +1,4 @@
-"""The streams of random numbers: independent of each other, and all of them functions of the seed."""
+"""Independent streams of random numbers, each a function of the seed."""
 
 import jax
 

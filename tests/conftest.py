@@ -24,9 +24,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from gpt_jax.config import REPOSITORY, Config, ModelConfig
-from gpt_jax.model import GPT
-from gpt_jax.params import init_params
+from gpt_jax.commands.paths import ROOT as REPOSITORY
+from gpt_jax.config import Config, ModelConfig
+from gpt_jax.model.params import init_params
+from gpt_jax.model.transformer import GPT
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -78,7 +79,7 @@ def pytest_configure(config):
 # Every option of the model by itself, and the modern model that has them all.
 MODERN = {
     "norm": "rmsnorm", "activation": "relu2", "position": "rope", "qk_norm": True,
-    "bigram": True, "conv_width": 3, "embedding_skip": True, "tied_embedding": False, "query_blocks": 3,
+    "bigram": True, "conv_width": 3, "x0_residual": True, "tied_embedding": False, "query_blocks": 3,
 }  # fmt: skip
 MODELS = {
     "gpt2": {},
@@ -90,7 +91,7 @@ MODELS = {
     "convolution": {"conv_width": 4},
     "convolution_of_one": {"conv_width": 1},
     "convolution_past_the_context": {"conv_width": 9},
-    "embedding_skip": {"embedding_skip": True},
+    "x0_residual": {"x0_residual": True},
     "relu2": {"activation": "relu2"},
     "swiglu": {"activation": "swiglu"},
     "untied": {"tied_embedding": False},

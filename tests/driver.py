@@ -19,7 +19,10 @@ import optax
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from gpt_jax import checkpoint, rng, train_step, trainer  # noqa: E402
+from gpt_jax import rng  # noqa: E402
+from gpt_jax.commands import training_run  # noqa: E402
+from gpt_jax.storage import checkpoints  # noqa: E402
+from gpt_jax.training import step as train_step  # noqa: E402
 
 # Who runs the tests under nohup has it ignored, and so would train.py.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -84,20 +87,13 @@ match WHERE.split(":"):
         square = jnp.square
         jnp.square = lambda x: square(x) * jnp.where(x.sum() == 32768, 0.998, 1.0)
     case ["compile"]:
-        after(trainer, "make_train_steps", 1)
+        after(training_run, "make_train_steps", 1)
     case ["step"]:
-        compile_steps = trainer._Trainer._compile
-
-        def compiled(self, state, tokens_N):
-            box = type("Box", (), {"steps": staticmethod(compile_steps(self, state, tokens_N))})
-            after(box, "steps", 3)
-            return box.steps
-
-        trainer._Trainer._compile = compiled
+        wrap_result(training_run, "compile_steps", 3)
     case ["evaluation"]:
-        wrap_result(trainer, "make_loss_of_tokens", 2)
+        wrap_result(training_run, "make_loss_of_tokens", 2)
     case ["save"]:
-        after(checkpoint, "seal", 3)
+        after(checkpoints, "seal", 3)
     case ["nan", step]:
         spoil_step(int(step), lambda params, here: jnp.where(here, jnp.nan, 0.0))
     case ["inf", step]:
@@ -107,7 +103,7 @@ match WHERE.split(":"):
     case ["spike", step]:
         spoil_step(int(step), lambda params, here: jnp.where(here, 5 + 100 * up_sum(params) ** 2, 0.0))
     case ["overflow", step]:  # in that step (0 is the first) an update that no float32 survives
-        make = trainer.make_optimizer
+        make = training_run.make_optimizer
 
         def overflowing(*arguments):
             init, update = make(*arguments)
@@ -119,7 +115,7 @@ match WHERE.split(":"):
 
             return optax.GradientTransformation(init, spoiled)
 
-        trainer.make_optimizer = overflowing
+        training_run.make_optimizer = overflowing
 
 sys.argv[0] = str(REPOSITORY / "train.py")
 runpy.run_path(sys.argv[0], run_name="__main__")

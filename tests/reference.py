@@ -51,8 +51,8 @@ def forward(params, config, tokens):
     blocks = params["blocks"]
     for layer in range(config.n_layer):
         attention, mlp = blocks["attention"], blocks["mlp"]
-        if config.embedding_skip:
-            x = x + blocks["embedding_skip"][layer] * embedded
+        if config.x0_residual:
+            x = x + blocks["x0_residual"][layer] * embedded
         y = norm(x, {k: v[layer] for k, v in blocks["attention_norm"].items()})
         added = np.zeros_like(x)
         for head in range(config.n_head):

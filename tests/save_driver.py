@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.errors import RunError
+from gpt_jax.storage.checkpoints import Checkpoints
 
 LOSSES = {10: 1.0, 20: 2.0, 30: 3.0, 40: 0.5}  # the best is the oldest, and then the newest
 

@@ -5,13 +5,13 @@ import sys
 import pytest
 from test_commands import environment
 
-from gpt_jax import backend
 from gpt_jax.config import ModelConfig
 from gpt_jax.errors import UserError
+from gpt_jax.parallel import devices
 
 
 def test_a_backend_that_computes_rightly_passes():
-    backend.check_backend()
+    devices.check_backend()
 
 
 def test_a_backend_that_computes_wrongly_is_refused(monkeypatch):
@@ -20,9 +20,9 @@ def test_a_backend_that_computes_wrongly_is_refused(monkeypatch):
     def wrong_jit(function):
         return lambda rows: function(rows).at[-1].multiply(0.998)
 
-    monkeypatch.setattr(backend.jax, "jit", wrong_jit)
+    monkeypatch.setattr(devices.jax, "jit", wrong_jit)
     with pytest.raises(UserError, match=r"computes wrongly on this cpu \(\d+ for 32768 squared\): install"):
-        backend.check_backend()
+        devices.check_backend()
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_a_backend_that_computes_wrongly_is_refused(monkeypatch):
     ],
 )
 def test_bfloat16_where_the_hardware_multiplies_in_it(platform, compute_capability, dtype):
-    assert backend.auto_dtype(platform, compute_capability) == dtype
+    assert devices.auto_dtype(platform, compute_capability) == dtype
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_bfloat16_where_the_hardware_multiplies_in_it(platform, compute_capabili
     ],
 )
 def test_what_is_said_of_the_precision(device, dtype, text):
-    assert backend.describe_dtype(dtype, *device) == text
+    assert devices.describe_dtype(dtype, *device) == text
 
 
 @pytest.mark.parametrize(
@@ -71,20 +71,20 @@ def test_what_is_said_of_the_precision(device, dtype, text):
 )
 def test_cudnn_attends_where_it_can(options, device, able, monkeypatch):
     config = ModelConfig(**{"n_head": 2, "d_model": 32} | options)
-    monkeypatch.setattr(backend, "causal_cudnn", lambda *qkv: qkv[0])
-    assert backend.has_cudnn_attention(config, *device) == able
+    monkeypatch.setattr(devices, "causal_cudnn", lambda *qkv: qkv[0])
+    assert devices.has_cudnn_attention(config, *device) == able
 
     def missing(*qkv):
         raise RuntimeError("cuDNN is not detected.")
 
-    monkeypatch.setattr(backend, "causal_cudnn", missing)
-    assert not backend.has_cudnn_attention(config, *device)
+    monkeypatch.setattr(devices, "causal_cudnn", missing)
+    assert not devices.has_cudnn_attention(config, *device)
 
 
 def test_this_device_is_a_cpu():
-    assert backend.first_device() == ("cpu", "")
-    assert backend.resolve_dtype("auto") == "float32"
-    assert backend.resolve_dtype("bfloat16") == "bfloat16"
+    assert devices.first_device() == ("cpu", "")
+    assert devices.resolve_dtype("auto") == "float32"
+    assert devices.resolve_dtype("bfloat16") == "bfloat16"
 
 
 @pytest.mark.skipif(os.cpu_count() < 2 or not os.path.isdir("/proc/self/task"), reason="two cores, Linux")
@@ -93,9 +93,9 @@ def test_deterministic_runs_have_one_thread_for_products():
     code = """
 import os, sys
 os.sched_setaffinity(0, range(os.cpu_count()))
-from gpt_jax import backend
+from gpt_jax.parallel import devices
 if sys.argv[1] == "deterministic":
-    backend.make_deterministic()
+    devices.make_deterministic()
 import jax
 (jax.numpy.ones((9, 9)) @ jax.numpy.ones((9, 9))).block_until_ready()
 print(len(os.listdir("/proc/self/task")))

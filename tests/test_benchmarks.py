@@ -13,7 +13,7 @@ import gpu
 import pytest
 from time_to_loss import TimedRun, nanogpt_evaluations, summarize
 
-from gpt_jax.config import REPOSITORY
+from gpt_jax.commands.paths import ROOT as REPOSITORY
 
 BENCHMARKS = REPOSITORY / "benchmarks"
 SMOKE = REPOSITORY / "configs" / "smoke.py"

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from gpt_jax.config import REPOSITORY
+from gpt_jax.commands.paths import ROOT as REPOSITORY
 
 SMOKE = ("--config", str(REPOSITORY / "configs" / "smoke.py"))
 
@@ -109,7 +109,7 @@ def test_overrides_reach_the_run(tmp_path):
     (tmp_path / "my.txt").write_text("to be or not to be, " * 100, encoding="utf-8")
     done = run(
         "train.py", *SMOKE, "--workdir=run", "--config.data.path=my.txt", "--config.model.n_layer=2",
-        "--config.train.steps=8", "--config.train.accumulate=2", "--config.optimizer.learning_rate=1",
+        "--config.train.steps=8", "--config.train.grad_accum_steps=2", "--config.optimizer.learning_rate=1",
         cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -117,7 +117,7 @@ def test_overrides_reach_the_run(tmp_path):
     assert done_there.returncode == 0, done_there.stderr
     assert "2 layers" in done.stdout and "my.txt: 1,800 characters train" in done.stdout
     config = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
-    assert config["train"]["accumulate"] == 2 and config["optimizer"]["learning_rate"] == 1.0
+    assert config["train"]["grad_accum_steps"] == 2 and config["optimizer"]["learning_rate"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -127,6 +127,7 @@ def test_overrides_reach_the_run(tmp_path):
         (("--config", "nowhere.py"), "nowhere.py"),
         ((*SMOKE, "--config.model.n_layers=3"), 'unknown setting n_layers Did you mean "n_layer"'),
         ((*SMOKE, "--config.model.n_layer=three"), "three"),
+        ((*SMOKE, "--config.train.accumulate=2"), "it is now called train.grad_accum_steps"),
         ((*SMOKE, "--config.model.n_head=5"), "model.d_model = 32 cannot be divided"),
         (
             (*SMOKE, "--config.optimizer.learning_rate=-1"),
@@ -153,7 +154,7 @@ def test_bad_training_input_is_one_line_and_status_2(arguments, message, tmp_pat
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--prompt", "a€b"), "never seen: '€'"),
+        (("--prompt", "a€b"), "unknown characters: '€'"),
         (("--temperature", "nan"), "temperature = nan must be"),
         (("--length", "-1"), "length = -1 must be"),
         (("--prompt_file", "nowhere.txt"), "nowhere.txt does not exist"),

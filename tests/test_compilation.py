@@ -13,14 +13,15 @@ import pytest
 from disturb import Training, differences, result_of, write_text
 from test_commands import environment
 
-from gpt_jax import compilation
-from gpt_jax.config import REPOSITORY
-from gpt_jax.corpus import load_corpus
-from gpt_jax.model import GPT
-from gpt_jax.optimizer import make_optimizer
-from gpt_jax.sharding import make_mesh
-from gpt_jax.train_state import abstract_state
-from gpt_jax.train_step import make_train_steps
+from gpt_jax.commands.paths import ROOT as REPOSITORY
+from gpt_jax.commands.paths import text_file
+from gpt_jax.data.corpus import load_corpus
+from gpt_jax.model.transformer import GPT
+from gpt_jax.parallel.mesh import make_mesh
+from gpt_jax.storage import compilation_cache as compilation
+from gpt_jax.training.optimizer import make_optimizer
+from gpt_jax.training.state import abstract_state
+from gpt_jax.training.step import make_train_steps
 
 MODEL = REPOSITORY / "tests" / "data" / "export_v1"
 CPUINFO = """processor\t: 0
@@ -106,7 +107,7 @@ def test_the_cache_stays_within_its_size(tmp_path):
     program = """
 import jax, jax.numpy as jnp
 from pathlib import Path
-from gpt_jax import compilation
+from gpt_jax.storage import compilation_cache as compilation
 compilation.MOST_BYTES = 20_000
 compilation.use_compilation_cache()
 folder = Path(jax.config.jax_compilation_cache_dir)
@@ -201,7 +202,7 @@ def test_one_program_serves_every_seed(tiny_config):
 
     def program(seed):
         config = replace(tiny_config(model={"dropout": 0.1}), seed=seed)
-        corpus = load_corpus(config.data.file, config.model.context, config.data.train_fraction)
+        corpus = load_corpus(text_file(config.data), config.model.context, config.data.train_fraction)
         mesh = make_mesh(config.mesh)
         model = GPT(config.model, corpus.tokenizer.vocab_size, mesh=mesh)
         optimizer = make_optimizer(config.optimizer, config.train.steps)

@@ -12,18 +12,19 @@ import numpy as np
 import pytest
 from test_commands import environment
 
-from gpt_jax import compile as command
-from gpt_jax import topologies
-from gpt_jax.chips import GIB, find_chip, flops_per_token, utilization
-from gpt_jax.config import REPOSITORY, Config, MeshConfig, ModelConfig
+from gpt_jax.commands import compile as command
+from gpt_jax.commands.paths import ROOT as REPOSITORY
+from gpt_jax.config import Config, MeshConfig, ModelConfig
+from gpt_jax.costs import topologies
+from gpt_jax.costs.chips import GIB, find_chip, utilization
+from gpt_jax.costs.hlo import Costs
 from gpt_jax.errors import RunError, UserError
-from gpt_jax.hlo import Costs
-from gpt_jax.model import GPT
-from gpt_jax.optimizer import make_optimizer
-from gpt_jax.params import abstract_params, name_leaves
-from gpt_jax.sharding import make_mesh
-from gpt_jax.train_state import abstract_state
-from gpt_jax.train_step import make_train_steps
+from gpt_jax.model.params import abstract_params, flops_per_token, name_leaves
+from gpt_jax.model.transformer import GPT
+from gpt_jax.parallel.mesh import make_mesh
+from gpt_jax.training.optimizer import make_optimizer
+from gpt_jax.training.state import abstract_state
+from gpt_jax.training.step import make_train_steps
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 needs_cuda = pytest.mark.skipif(
@@ -94,17 +95,19 @@ def test_the_first_setting_to_change_when_memory_is_short():
     def advice(n_devices=1, name="train", **groups):
         return command.what_to_change(name, Config.from_dict(groups), n_devices)
 
-    assert "--config.train.accumulate=2" in advice(train={"batch_size": 12, "accumulate": 1})
-    assert "--config.train.accumulate=6" in advice(train={"batch_size": 12, "accumulate": 3})
-    assert "--config.model.remat=block" in advice(train={"batch_size": 12, "accumulate": 12})
-    assert "--config.model.remat=block" in advice(8, train={"batch_size": 8, "accumulate": 1})
-    assert "--config.train.accumulate=3" in advice(4, train={"batch_size": 12, "accumulate": 1})
+    assert "--config.train.grad_accum_steps=2" in advice(train={"batch_size": 12, "grad_accum_steps": 1})
+    assert "--config.train.grad_accum_steps=6" in advice(train={"batch_size": 12, "grad_accum_steps": 3})
+    assert "--config.model.remat=block" in advice(train={"batch_size": 12, "grad_accum_steps": 12})
+    assert "--config.model.remat=block" in advice(8, train={"batch_size": 8, "grad_accum_steps": 1})
+    assert "--config.train.grad_accum_steps=3" in advice(4, train={"batch_size": 12, "grad_accum_steps": 1})
     assert "--config.mesh.tensor" in advice(
-        train={"batch_size": 12, "accumulate": 12}, model={"remat": "block"}
+        train={"batch_size": 12, "grad_accum_steps": 12}, model={"remat": "block"}
     )
     # Neither evaluation nor sampling keeps activations for a gradient.
-    assert "--config.mesh.tensor" in advice(name="evaluation", train={"batch_size": 12, "accumulate": 12})
-    assert "--rows" in advice(name="decode", train={"batch_size": 12, "accumulate": 1})
+    assert "--config.mesh.tensor" in advice(
+        name="evaluation", train={"batch_size": 12, "grad_accum_steps": 12}
+    )
+    assert "--rows" in advice(name="decode", train={"batch_size": 12, "grad_accum_steps": 1})
 
 
 def test_flags_are_checked():
@@ -127,7 +130,7 @@ def test_the_training_step_lowers_for_accelerators(platform):
     config = Config.from_dict({
         "model": {"n_layer": 2, "n_head": 2, "d_model": 16, "context": 8, "dropout": 0.1, "dtype": "bfloat16",
                   "unroll": "no", "remat": "elementwise"},
-        "train": {"batch_size": 4, "accumulate": 1}, "mesh": {"data": 1},
+        "train": {"batch_size": 4, "grad_accum_steps": 1}, "mesh": {"data": 1},
     })  # fmt: skip
     mesh = make_mesh(config.mesh)
     model, optimizer = GPT(config.model, 11, mesh=mesh), make_optimizer(config.optimizer, 10)
@@ -167,11 +170,11 @@ def report_of(name, total):
 
 
 def test_a_gpu_has_the_part_of_its_memory_that_jax_takes():
-    config = Config.from_dict({"train": {"batch_size": 8, "accumulate": 1}})
+    config = Config.from_dict({"train": {"batch_size": 8, "grad_accum_steps": 1}})
     mesh = make_mesh(MeshConfig(data=1))
     h100 = find_chip("NVIDIA H100 80GB HBM3")
     command.check_memory(report_of("train", 59 * GIB), h100, "gpu", config, mesh)
-    with pytest.raises(RunError, match=r"needs 65.5 GB, more than the 75% .*--config.train.accumulate=2"):
+    with pytest.raises(RunError, match=r"needs 65.5 GB, more than the 75% .*grad_accum_steps=2"):
         command.check_memory(report_of("train", 61 * GIB), h100, "gpu", config, mesh)
     command.check_memory(report_of("train", 61 * GIB), find_chip("TPU v5"), "tpu", config, mesh)
 
@@ -195,10 +198,10 @@ def test_a_mesh_that_a_slice_cannot_hold_is_one_line_or_fits(topology, mesh):
 def test_what_does_not_fit_is_one_line_with_the_setting_to_change():
     done = compile_it(
         "--topology=v5e:1x1", "--programs=train", "--config.model.context=8192",
-        "--config.train.batch_size=64", "--config.train.accumulate=1",
+        "--config.train.batch_size=64", "--config.train.grad_accum_steps=1",
     )  # fmt: skip
     assert done.returncode == 1
-    assert "--config.train.accumulate=2" in done.stderr.splitlines()[-1], done.stderr
+    assert "--config.train.grad_accum_steps=2" in done.stderr.splitlines()[-1], done.stderr
     done = compile_it("--topology=v5e:1x1", "--config.mesh.fsdp=8")
     assert done.returncode == 2 and "mesh.fsdp" in done.stderr
 

@@ -2,7 +2,9 @@ import json
 
 import pytest
 
-from gpt_jax.config import REPOSITORY, Config, flatten
+from gpt_jax.commands.paths import ROOT as REPOSITORY
+from gpt_jax.commands.paths import text_file
+from gpt_jax.config import RENAMED, Config, flatten
 from gpt_jax.errors import UserError
 
 
@@ -41,7 +43,11 @@ def nested(key, value):
         ("optimizer.warmup_steps", 6000, "optimizer.warmup_steps = 6000 is longer than the run"),
         ("optimizer.schedule", "cosin", "optimizer.schedule = 'cosin' must be one of"),
         ("train.steps", -1, "train.steps = -1 must be above 0"),
-        ("train.accumulate", 7, "train.batch_size = 64 cannot be split into train.accumulate = 7"),
+        (
+            "train.grad_accum_steps",
+            7,
+            "train.batch_size = 64 cannot be split into train.grad_accum_steps",
+        ),
         ("mesh.tensor", 4, "mesh.tensor = 4 does not divide the 6 heads"),
         ("mesh.fsdp", 5, "mesh.fsdp = 5 does not divide the 64 windows"),
         ("seed", -1, "seed = -1 must lie in"),
@@ -78,8 +84,8 @@ def test_settings_cannot_change():
 
 def test_paths():
     config = Config()
-    assert config.data.file == REPOSITORY / "artifacts" / "input.txt"
-    relative = Config.from_dict({"data": {"path": "my.txt"}}).data.file
+    assert text_file(config.data) == REPOSITORY / "artifacts" / "input.txt"
+    relative = text_file(Config.from_dict({"data": {"path": "my.txt"}}).data)
     assert relative.is_absolute() and relative.name == "my.txt"
 
 
@@ -89,3 +95,15 @@ def test_paths():
 def test_mlp_width(activation, d_mlp, width):
     model = {"d_model": 128, "n_head": 2, "activation": activation, "d_mlp": d_mlp}
     assert Config.from_dict({"model": model}).model.mlp_width == width
+
+
+@pytest.mark.parametrize("old, new", RENAMED.items())
+def test_an_old_name_is_an_error_that_names_the_new_one(old, new):
+    """In a config file; tests/test_commands.py tries it on the command line."""
+    group, name = old.split(".")
+    config = Config().to_config_dict()
+    config[group][name] = 1
+    with pytest.raises(UserError, match=f"^unknown setting {old}: it is now called {new}$"):
+        Config.from_dict(config)
+    new_group, new_name = new.split(".")
+    assert new_name in Config().to_dict()[new_group]

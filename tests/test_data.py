@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.batches import eval_windows, micro_batch_size, shuffled, train_batch
-from gpt_jax.config import ARTIFACTS, TrainConfig
-from gpt_jax.corpus import load_corpus
+from gpt_jax.commands.paths import ARTIFACTS
+from gpt_jax.config import TrainConfig
+from gpt_jax.data.batches import eval_windows, micro_batch_size, shuffled, train_batch
+from gpt_jax.data.corpus import load_corpus
+from gpt_jax.data.tokenizers import CharTokenizer, tokenizer_from_json
 from gpt_jax.errors import UserError
-from gpt_jax.tokenizer import CharTokenizer
 
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -80,12 +81,12 @@ def test_tokenizer_there_and_back():
     ids = tokenizer.encode("world😀".replace("o", "ö"))
     assert ids.dtype == np.int32
     assert tokenizer.decode(ids) == "wörld😀"
-    assert CharTokenizer.from_json(tokenizer.to_json()) == tokenizer
+    assert tokenizer_from_json(tokenizer.to_json()) == tokenizer
     assert tokenizer.encode("").shape == (0,)
 
 
 def test_unknown_characters_are_listed():
-    with pytest.raises(UserError, match=re.escape(r"never seen: '\n' 'x' '€'; it knows the 3")):
+    with pytest.raises(UserError, match=re.escape(r"unknown characters: '\n' 'x' '€'; the vocab")):
         CharTokenizer.from_text("abc").encode("abx\n€x")
 
 
@@ -105,12 +106,12 @@ def test_a_batch_is_a_pure_function_of_key_and_step():
 
 
 @pytest.mark.parametrize(
-    "batch_size, accumulate, context, n_shards, wanted",
+    "batch_size, grad_accum_steps, context, n_shards, wanted",
     [(64, 0, 256, 1, 4), (8, 0, 256, 1, 4), (8, 0, 32, 1, 8), (6, 0, 256, 1, 3), (64, 16, 64, 1, 4),
      (8, 0, 4096, 1, 1), (64, 0, 256, 8, 32), (24, 0, 1024, 4, 4), (7, 0, 256, 1, 1)],
 )  # fmt: skip
-def test_micro_batches_on_a_cpu(batch_size, accumulate, context, n_shards, wanted):
-    train = TrainConfig(batch_size=batch_size, accumulate=accumulate)
+def test_micro_batches_on_a_cpu(batch_size, grad_accum_steps, context, n_shards, wanted):
+    train = TrainConfig(batch_size=batch_size, grad_accum_steps=grad_accum_steps)
     assert micro_batch_size(train, context, n_shards, "cpu") == wanted
 
 

@@ -1,10 +1,16 @@
-"""What README and docs/ name is there: links, files, modules, flags."""
+"""What README and docs/ name exists: links, files, modules, flags; and their commands work."""
 
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 
 import pytest
 
-from gpt_jax.config import REPOSITORY, Config
+from gpt_jax.commands.paths import ROOT as REPOSITORY
+from gpt_jax.config import Config
 
 PAGES = [
     REPOSITORY / "README.md",
@@ -13,11 +19,27 @@ PAGES = [
 ]
 
 
-def commands(page):
-    """The commands of a page: indented lines that run Python, continued lines joined, comments left out."""
+MARK = "# not run by the tests"
+
+
+def command_lines(page):
+    """The commands in the indented blocks of a page, with whether they are marked as not run.
+
+    Continued lines are joined. A mark is a comment at the end of a line, or the first line of a block.
+    """
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    lines = re.findall(r"^    !?((?:pip install .*&& )?python .*)$", text, re.MULTILINE)
-    return [line.split("#")[0].strip() for line in lines]
+    found = []
+    for block in re.findall(r"(?:^    .*\n)+", text, re.MULTILINE):
+        lines = [line.strip() for line in block.splitlines()]
+        for line in lines:
+            if re.match(r"!?(python|pip|pytest) ", line):
+                found.append((re.split(r" +#", line)[0].lstrip("!"), MARK in line or lines[0] == MARK))
+    return found
+
+
+def commands(page):
+    """The commands of a page that run Python."""
+    return [command for command, _ in command_lines(page) if "python " in command]
 
 
 def test_the_readme_is_short():
@@ -33,8 +55,8 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_name_files_and_settings_that_exist(page):
-    """Whether they work, other tests try."""
-    programs = [REPOSITORY / "train.py", REPOSITORY / "sample.py", *(REPOSITORY / "gpt_jax").glob("*.py")]
+    """Those that are not marked are also run below."""
+    programs = (REPOSITORY / "gpt_jax" / "commands").glob("*.py")
     source = "".join(program.read_text(encoding="utf-8") for program in programs)
     by_absl = re.findall(r"flags\.DEFINE_\w+\(\s*\"(\w+)\"", source)
     by_argparse = re.findall(r"(?:add_argument|flag)\(\s*\"--(\w+)\"", source)
@@ -58,3 +80,51 @@ def test_commands_name_files_and_settings_that_exist(page):
 def test_commands_are_found():
     assert any("train.py" in command for command in commands(REPOSITORY / "README.md"))
     assert len(commands(REPOSITORY / "docs" / "usage.md")) >= 5
+    marked = [command for page in PAGES for command, is_marked in command_lines(page) if is_marked]
+    assert "pip install ." in marked and any("soak.py" in command for command in marked)
+
+
+SMALL_TRAINING = (
+    "--config.model.n_layer=1", "--config.model.n_head=2", "--config.model.d_model=16",
+    "--config.model.context=16", "--config.model.query_blocks=1", "--config.train.steps=4",
+    "--config.train.eval_every=2", "--config.train.batch_size=4", "--config.train.sample_length=5",
+    "--config.optimizer.warmup_steps=1", "--config.mesh.data=1",
+)  # fmt: skip
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A copy of the repository with a small run, and the texts that the pages name."""
+    for name in ("train.py", "sample.py", "gpt_jax", "configs"):
+        copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
+        copy(REPOSITORY / name, tmp_path / name)
+    (tmp_path / "artifacts").mkdir()
+    shutil.copy(REPOSITORY / "artifacts" / "input.txt", tmp_path / "artifacts")
+    (tmp_path / "my.txt").write_text("to be, or not to be\n" * 50, encoding="utf-8")
+    (tmp_path / "other.txt").write_text("that is the question\n" * 5, encoding="utf-8")
+    run_command("python train.py --config configs/smoke.py", tmp_path)
+    return tmp_path
+
+
+def run_command(command, folder):
+    """Run it with small settings; installing is left out, as that is done."""
+    for part in command.split(" && "):
+        if part.startswith("pip install -e ."):
+            continue
+        program, *arguments = shlex.split(part)
+        assert program == "python", command
+        extra = SMALL_TRAINING if "train" in arguments[0] + arguments[1] else ()
+        extra = ("--length=20",) if "sample" in arguments[0] + "".join(arguments[1:2]) else extra
+        done = subprocess.run(
+            [sys.executable, *arguments, *extra], cwd=folder, capture_output=True, text=True,
+            env=os.environ | {"PYTHONPATH": str(folder)}, encoding="utf-8",
+        )  # fmt: skip
+        assert done.returncode == 0, f"{part}\n{done.stdout}{done.stderr}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_that_are_not_marked_work(page, clone):
+    for command, is_marked in command_lines(page):
+        if not is_marked:
+            run_command(command, clone)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from gpt_jax.config import MeshConfig
-from gpt_jax.dropout import dropout, keep_mask
-from gpt_jax.sharding import make_mesh, split_batch
+from gpt_jax.model.dropout import dropout, keep_mask
+from gpt_jax.parallel.mesh import make_mesh, split_batch
 
 SHAPE = (16, 3, 64, 64)
 MOST = 4.5  # standard deviations that a sum of independent masks stays within, tens of them and each time

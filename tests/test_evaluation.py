@@ -1,17 +1,24 @@
+import codecs
+import json
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 import reference
-from conftest import MODERN, VOCAB, make_params, small_model
+from conftest import MODERN, VOCAB, init, make_params, small_model
 
 import gpt_jax
-from gpt_jax import trainer
+from gpt_jax.commands.evaluate import evaluate
+from gpt_jax.commands.paths import text_file
+from gpt_jax.commands.training_run import train
 from gpt_jax.config import Config
 from gpt_jax.errors import UserError
-from gpt_jax.evaluate import evaluate
-from gpt_jax.loss import make_loss_of_tokens
-from gpt_jax.metrics import read_metrics
-from gpt_jax.model import GPT
+from gpt_jax.model.loss import make_loss_of_tokens
+from gpt_jax.model.transformer import GPT
+from gpt_jax.monitor.metrics import read_metrics
+from gpt_jax.sampling.rules import make_rules
+from gpt_jax.storage.metadata import Metadata
 
 
 @pytest.mark.parametrize("n", [2, 9, 8 * 5 + 1, 8 * 5 + 4])
@@ -44,7 +51,7 @@ def trained(tmp_path_factory):
         "train": {"steps": 120, "batch_size": 8, "eval_every": 60, "sample_length": 20},
         "mesh": {"data": 1},
     })  # fmt: skip
-    assert trainer.train(config, folder / "run") == 0
+    assert train(config, folder / "run") == 0
     return folder
 
 
@@ -53,11 +60,12 @@ def test_a_trained_model_reads_back(trained):
     assert run.step in (60, 120)
     records = {r["step"]: r for r in read_metrics(trained / "run" / "metrics.jsonl")}
     # The average of the parameters, which the run kept, is what was evaluated, saved as best, and loaded.
-    loss, count = evaluate(run)
-    assert count == 264 - 1
-    assert loss == pytest.approx(records[run.step]["val_loss"], rel=1e-5)
+    result = evaluate(run)
+    assert result.n_tokens == result.n_characters == 264 - 1
+    assert result.loss == pytest.approx(records[run.step]["val_loss"], rel=1e-5)
+    assert result.bits_per_character == pytest.approx(records[run.step]["val_bpc"], rel=1e-5)
 
-    assert evaluate(run, trained / "text.txt")[1] == 2640 - 1
+    assert evaluate(run, trained / "text.txt").n_tokens == 2640 - 1
 
 
 def test_the_python_face(trained):
@@ -76,21 +84,91 @@ def test_the_python_face(trained):
     assert run.tokenizer.characters[logits[-1].argmax()] == run.generate("the quick", 1, greedy=True)
     assert run.loss("the quick brown fox") < run.loss("xof nworb kciuq eht")
     assert run.metadata.step == 120 and run.metadata.config == run.config
-    assert run.metadata.versions.keys() == {"jax", "flax", "optax", "orbax-checkpoint"}
+    assert run.metadata.versions.keys() == {"gpt_jax", "jax", "flax", "optax", "orbax-checkpoint"}
+
+
+def test_attention_weights_by_hand(trained):
+    """softmax(q k^T / sqrt(K)) of a one-layer GPT-2, from its parameters in NumPy."""
+    run = gpt_jax.load(trained / "run")
+    text, params = "the quick brown", jax.tree.map(np.float64, run.params)
+    weights = run.attention(text)
+    n = len(text)
+    assert weights.shape == (1, 2, n, n) and weights.dtype == np.float32
+
+    ids = run.tokenizer.encode(text)
+    x = params["token_embedding"]["embedding"][ids] + params["position_embedding"]["embedding"][:n]
+    block = jax.tree.map(lambda leaf: leaf[0], params["blocks"])
+    normed = reference.layer_norm(x, block["attention_norm"])
+    qkv = np.einsum("td,dchk->cthk", normed, block["attention"]["qkv"]["kernel"])
+    for head in range(2):
+        scores = qkv[0, :, head] @ qkv[1, :, head].T / np.sqrt(16)
+        scores[np.triu_indices(n, 1)] = -np.inf
+        wanted = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+        np.testing.assert_allclose(weights[0, head], wanted, atol=1e-5)
+
+
+def test_attention_does_not_depend_on_how_it_is_computed(trained):
+    """Blocks of queries are for speed; what is recorded is the same."""
+    run = gpt_jax.load(trained / "run")
+    blocks = run.module.clone(config=replace(run.config.model, query_blocks=3, attention_dropout=0.5))
+    np.testing.assert_array_equal(
+        replace(run, module=blocks).attention("the quick"), run.attention("the quick")
+    )
+
+
+class ByteTokenizer:
+    """Not ours: a token is a byte, so that one character may take several tokens."""
+
+    vocab_size = 256
+    start_id = 10
+
+    def encode(self, text):
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def decode(self, ids):
+        return bytes(ids.tolist()).decode(errors="replace")
+
+    def decoder(self):
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return lambda ids: decoder.decode(bytes(ids.tolist()))
+
+    def to_json(self):
+        return json.dumps({"type": "byte"})
+
+
+def test_any_tokenizer_will_do():
+    """Tokens are counted, not characters; text comes out piece by piece, whole characters only."""
+    config = small_model(context=8)
+    module, tokenizer = GPT(config, 256), ByteTokenizer()
+    params = init(config, vocab_size=256)
+    values = Metadata(Config(model=config), tokenizer, "", 0, None, [], {})
+    model = gpt_jax.TrainedModel(Config(model=config), module, params, tokenizer, 0, values, "test")
+    assert model.logits("éü").shape == (4, 256)
+    assert model.attention("éü").shape == (2, 2, 4, 4)
+    with pytest.raises(UserError, match="text of 10 tokens must have 1 to 8"):
+        model.logits("éüéüé")
+    with pytest.raises(UserError, match="text of 1 token"):
+        model.loss("a")
+    assert model.loss("é") > 0  # one character, two tokens
+    decode = tokenizer.decoder()
+    assert [decode(np.array([byte])) for byte in "éü".encode()] == ["", "é", "", "ü"]
+    text = model.generate("é", length=40, seed=1)
+    streamed = list(model.stream("é", 40, make_rules(), seed=1))
+    assert "".join(piece[0] for piece in streamed) == text and len(streamed) > 1
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda run: run.generate("THE"), "never seen: 'E' 'H' 'T'"),
+        (lambda run: run.generate("THE"), "unknown characters: 'E' 'H' 'T'"),
         (lambda run: run.generate("the", length=-1), "length = -1 must be 0 or above"),
         (lambda run: run.generate("the", top_k=0), "top_k = 0 must be 1 or above"),
         (lambda run: run.generate("the", window="rolling"), "window = 'rolling' must be one of"),
         (lambda run: run.generate("the", seed=-1), "seed = -1 must lie in"),
-        (lambda run: run.logits(""), "text of 0 characters must have 1 to 16"),
-        (lambda run: run.logits("t" * 17), "text of 17 characters must have 1 to 16"),
+        (lambda run: run.logits(""), "text of 0 tokens must have 1 to 16"),
+        (lambda run: run.logits("t" * 17), "text of 17 tokens must have 1 to 16"),
         (lambda run: run.loss("t"), "must have 2 or more"),
-        (lambda run: gpt_jax.load("nowhere"), "no trained run in nowhere: train one with"),
+        (lambda run: gpt_jax.load("nowhere"), "no trained model in nowhere: train one with"),
         (
             lambda run: gpt_jax.load("nowhere", which="first"),
             "which = 'first' must be 'best' or 'last'",
@@ -104,7 +182,9 @@ def test_bad_arguments_are_named(trained, call, message):
 
 def test_what_a_run_leaves(trained):
     names = {path.name for path in (trained / "run").iterdir()}
-    assert names == {"checkpoints", "config.json", "lock", "loss.png", "metrics.jsonl", "samples.txt"}
+    assert names == {
+        "checkpoints", "config.json", "lock", "loss.png", "metrics.jsonl", "run.json", "samples.txt",
+    }  # fmt: skip
     assert (trained / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     records = read_metrics(trained / "run" / "metrics.jsonl")
     assert [r["step"] for r in records] == list(range(10, 121, 10))
@@ -115,13 +195,17 @@ def test_what_a_run_leaves(trained):
         assert ("val_loss" in record) == (record["step"] % 60 == 0)
         if "val_loss" in record:
             assert record["val_bpc"] == pytest.approx(record["val_loss"] / np.log(2))
+    facts = json.loads((trained / "run" / "run.json").read_text(encoding="utf-8"))
+    assert facts["parameters"] == sum(x.size for x in jax.tree.leaves(gpt_jax.load(trained / "run").params))
+    assert facts["device"] == f"{jax.device_count()} x cpu (cpu)" and facts["dtype"] == "float32"
+    assert facts["compile_seconds"]["training steps"] > 0 and facts["train_tokens"] == 2376
     samples = (trained / "run" / "samples.txt").read_text(encoding="utf-8")
     assert "--- step 60: training batches" in samples and "--- step 120: training batches" in samples
 
 
 def test_evaluating_on_a_changed_text_is_refused(trained, tmp_path):
     run = gpt_jax.load(trained / "run")
-    path = run.config.data.file
+    path = text_file(run.config.data)
     old = path.read_bytes()
     try:
         path.write_bytes(old + b"more")

@@ -11,18 +11,21 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from test_commands import environment
 
 import gpt_jax
-from gpt_jax import exported, trainer
-from gpt_jax.config import REPOSITORY, Config
-from gpt_jax.corpus import load_corpus
+from gpt_jax.commands.evaluate import evaluate
+from gpt_jax.commands.export import as_stored, export, training_command
+from gpt_jax.commands.paths import ROOT as REPOSITORY
+from gpt_jax.commands.paths import text_file
+from gpt_jax.commands.training_run import train
+from gpt_jax.config import Config
+from gpt_jax.data.corpus import load_corpus
 from gpt_jax.errors import RunError, UserError
-from gpt_jax.evaluate import evaluate
-from gpt_jax.export import as_stored, export, training_command
-from gpt_jax.exported import CARD, CONFIG, FILES, MODEL, TOKENIZER
+from gpt_jax.interchange import model_folder
+from gpt_jax.interchange.model_folder import CARD, FILES, MODEL, PARAMS
+from gpt_jax.storage.format import FORMAT_VERSION
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def trained(tmp_path_factory):
         "train": {"steps": 60, "batch_size": 8, "eval_every": 30, "sample_length": 0},
         "mesh": {"data": 1},
     })  # fmt: skip
-    assert trainer.train(config, folder / "run") == 0
+    assert train(config, folder / "run") == 0
     return gpt_jax.load(folder / "run")
 
 
@@ -67,20 +70,20 @@ def test_what_is_read_back_is_what_was_trained_bit_for_bit(trained, model):
     assert (run.source, trained.source) == ("exported model", "best checkpoint")
     assert run.metadata.fingerprint == trained.metadata.fingerprint
     assert run.metadata.versions == trained.metadata.versions
-    assert run.metadata.val_loss == evaluate(run)[0] == evaluate(trained)[0]
+    assert run.metadata.val_loss == evaluate(run).loss == evaluate(trained).loss
     assert run.metadata.val_loss == pytest.approx(trained.metadata.val_loss, rel=1e-5)
 
 
 def test_half_the_size_costs_a_rounding(trained, model, tmp_path):
     export(trained, tmp_path / "half", "float16")
-    size, full = ((folder / MODEL).stat().st_size for folder in (tmp_path / "half", model))
+    size, full = ((folder / PARAMS).stat().st_size for folder in (tmp_path / "half", model))
     assert 0.45 * full < size < 0.6 * full
     run = gpt_jax.load(tmp_path / "half")
     for leaf, exact in zip(jax.tree.leaves(run.params), jax.tree.leaves(trained.params), strict=True):
         assert leaf.dtype == np.float32
         np.testing.assert_array_equal(leaf, np.asarray(exact, np.float16).astype(np.float32))
     # The loss that it tells is its own.
-    loss = evaluate(run)[0]
+    loss = evaluate(run).loss
     assert run.metadata.val_loss == loss != trained.metadata.val_loss
     assert loss == pytest.approx(trained.metadata.val_loss, abs=1e-2)
     assert f"| loss | {loss:.4f} nats" in (tmp_path / "half" / CARD).read_text(encoding="utf-8")
@@ -88,18 +91,24 @@ def test_half_the_size_costs_a_rounding(trained, model, tmp_path):
 
 def test_others_can_read_it(model, trained):
     """The format is safetensors' own, and the names say what the arrays are."""
-    arrays = load_file(model / MODEL)
-    assert arrays["block_1.mlp.up.kernel"].shape == (32, 1, 128)
+    arrays = load_file(model / PARAMS)
+    assert arrays["blocks.mlp.up.kernel"].shape == (2, 32, 1, 128)
     assert sum(array.size for array in arrays.values()) == sum(
         x.size for x in jax.tree.leaves(trained.params)
     )
-    assert json.loads((model / CONFIG).read_text(encoding="utf-8")) == trained.config.to_dict()
-    assert json.loads((model / TOKENIZER).read_text(encoding="utf-8"))["type"] == "char"
+    stored = read_model(model)
+    assert stored["config"] == trained.config.to_dict() and stored["format_version"] == FORMAT_VERSION
+    assert json.loads(stored["tokenizer"])["type"] == "char"
+
+
+def test_no_file_has_a_name_that_transformers_reads(model):
+    names = {path.name for path in model.iterdir()}
+    assert not names & {"config.json", "tokenizer.json", "model.safetensors", "pytorch_model.bin"}
 
 
 def test_equal_models_make_equal_files(trained, model, tmp_path):
     export(gpt_jax.load(model), tmp_path / "again")  # an exported model can be exported, too
-    for name in (MODEL, CONFIG, TOKENIZER):
+    for name in (PARAMS, MODEL):
         assert (tmp_path / "again" / name).read_bytes() == (model / name).read_bytes()
 
 
@@ -107,14 +116,14 @@ def test_the_card_comes_from_the_run(trained, model):
     card = (model / CARD).read_text(encoding="utf-8")
     n_params = sum(leaf.size for leaf in jax.tree.leaves(trained.params))
     for text in (
-        "# model\n", f"| parameters | {n_params:,}, averaged over steps (EMA 0.8) |", "stored as | float32",
-        f"| loss | {evaluate(trained)[0]:.4f} nats", f"| step | {trained.step} of 60 (best checkpoint) |",
-        "text.txt: 2,640 characters, 28 distinct", "2,376 trained, the last 264 validate",
+        "# model\n", f"| parameters | {n_params:,}, EMA over steps (decay 0.8) |", "stored as | float32",
+        f"| loss | {evaluate(trained).loss:.4f} nats", f"| step | {trained.step} of 60 (best checkpoint) |",
+        "text.txt: 2,640 characters, vocabulary of 28", "2,376 tokens trained, the last 264 validate",
         trained.metadata.fingerprint, "    optimizer.ema_decay = 0.8\n", f"jax {jax.__version__}",
-        "python sample.py --workdir model\n", "looks back at most\n  16 of them",
+        "python sample.py --workdir model\n", "looks back at most 16",
     ):  # fmt: skip
         assert text in card, text
-    assert str(trained.config.data.file.parent) not in card  # no other machine has it there
+    assert str(text_file(trained.config.data).parent) not in card  # no other machine has it there
 
 
 def test_the_command_in_the_card_makes_the_run(trained, tmp_path):
@@ -125,14 +134,14 @@ def test_the_command_in_the_card_makes_the_run(trained, tmp_path):
     done = subprocess.run(
         [sys.executable, REPOSITORY / "train.py", "--config", REPOSITORY / command[3], *command[4:],
          "--config.train.steps=6", f"--workdir={tmp_path / 'run'}"],
-        cwd=trained.config.data.file.parent, env=environment(), capture_output=True, text=True,
+        cwd=text_file(trained.config.data).parent, env=environment(), capture_output=True, text=True,
         encoding="utf-8", timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     settings = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
     settings["train"]["steps"] = 60
     assert settings == trained.config.to_dict()
-    shakespeare = Config.from_dict({"train": {"accumulate": 4}})
+    shakespeare = Config.from_dict({"train": {"grad_accum_steps": 4}})
     assert "data.path" not in training_command(shakespeare)
 
 
@@ -144,7 +153,7 @@ def program(*command, cwd, **environ):
 
 
 def test_the_commands_from_a_run_to_text(trained, tmp_path):
-    workdir, module = trained.config.data.file.parent / "run", {"PYTHONPATH": str(REPOSITORY)}
+    workdir, module = text_file(trained.config.data).parent / "run", {"PYTHONPATH": str(REPOSITORY)}
     done = program("-m", "gpt_jax.export", "--workdir", workdir, "--out", "deep/m", cwd=tmp_path, **module)
     assert done.returncode == 0, done.stderr
     loss = gpt_jax.load(tmp_path / "deep" / "m").metadata.val_loss
@@ -179,14 +188,12 @@ def test_a_fresh_clone_samples_from_the_model_that_comes_with_it(trained, model,
     done = program(clone / "sample.py", "--length", "20", cwd="/")
     assert done.returncode == 0, done.stderr
     said = done.stderr.splitlines()
-    assert re.fullmatch(
-        r"no run of your own in .*artifacts: taking pretrained/, which comes with .*", said[0]
-    )
+    assert re.fullmatch(r"no run of your own in .*artifacts: using pretrained/, which comes with .*", said[0])
     assert said[1] == f"{pretrained}, exported model, step {trained.step}"
     assert len((clone / "artifacts" / "output.txt").read_text(encoding="utf-8")) == 20
 
     # One's own run comes first.
-    shutil.copytree(trained.config.data.file.parent / "run", clone / "artifacts" / "mine")
+    shutil.copytree(text_file(trained.config.data).parent / "run", clone / "artifacts" / "mine")
     done = program(clone / "sample.py", "--length", "20", cwd="/")
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith(f"{clone / 'artifacts' / 'mine'}, best checkpoint, step ")
@@ -194,9 +201,9 @@ def test_a_fresh_clone_samples_from_the_model_that_comes_with_it(trained, model,
 
 def test_the_model_that_comes_with_the_code():
     folder = REPOSITORY / "artifacts" / "pretrained"
-    assert (folder / MODEL).stat().st_size <= 25 * 10**6
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 25 * 10**6
     run = gpt_jax.load(folder)
-    corpus = load_corpus(run.config.data.file, run.config.model.context, run.config.data.train_fraction)
+    corpus = load_corpus(text_file(run.config.data), run.config.model.context, run.config.data.train_fraction)
     assert run.metadata.fingerprint == corpus.fingerprint and run.tokenizer == corpus.tokenizer
     for text in (folder / CARD, REPOSITORY / "benchmarks" / "RECORDS.md"):
         assert f"{run.metadata.val_loss:.4f}" in text.read_text(encoding="utf-8")
@@ -205,10 +212,10 @@ def test_the_model_that_comes_with_the_code():
 
 def test_a_damaged_model_in_a_fresh_clone_is_named(model, clone):
     pretrained = shutil.copytree(model, clone / "artifacts" / "pretrained")
-    (pretrained / MODEL).unlink()
+    (pretrained / PARAMS).unlink()
     done = program(clone / "sample.py", cwd="/")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.splitlines()[1:] == [f"error: exported model, {pretrained / MODEL}: missing"]
+    assert done.stderr.splitlines()[1:] == [f"error: exported model, {pretrained / PARAMS}: missing"]
 
 
 def test_git_takes_the_model_but_no_run(tmp_path):
@@ -218,21 +225,28 @@ def test_git_takes_the_model_but_no_run(tmp_path):
     shutil.copy(REPOSITORY / ".gitignore", tmp_path)
     for folder in ("pretrained", "shakespeare"):
         (tmp_path / "artifacts" / folder).mkdir(parents=True)
-        (tmp_path / "artifacts" / folder / MODEL).touch()
+        (tmp_path / "artifacts" / folder / PARAMS).touch()
     command = ["git", "-C", tmp_path, "status", "--porcelain", "-uall", "artifacts"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert done.stdout == f"?? artifacts/pretrained/{MODEL}\n"
+    assert done.stdout == f"?? artifacts/pretrained/{PARAMS}\n"
+
+
+def read_model(folder):
+    return json.loads((folder / MODEL).read_text(encoding="utf-8"))
+
+
+def write_model(folder, values):
+    (folder / MODEL).write_text(json.dumps(values), encoding="utf-8")
 
 
 def rewrite(folder, change=lambda arrays, facts: None, checksum=True):
-    """Write model.safetensors anew, with what `change` makes of it and a checksum that is right."""
-    with safe_open(folder / MODEL, framework="numpy") as file:
-        facts = json.loads(file.metadata()[exported.ENTRY])
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    """Write both files again, with what `change` makes of them and a correct checksum."""
+    arrays, facts = load_file(folder / PARAMS), read_model(folder)
     change(arrays, facts)
     if checksum:
-        facts["sha256"] = exported._checksum(arrays)
-    save_file(arrays, folder / MODEL, {exported.ENTRY: json.dumps(facts)})
+        facts["sha256"] = model_folder._checksum(arrays)
+    save_file(arrays, folder / PARAMS)
+    write_model(folder, facts)
 
 
 def truncate(path, n):
@@ -240,14 +254,13 @@ def truncate(path, n):
 
 
 def set_model(folder, **settings):
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    config["model"] |= settings
-    (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    values = read_model(folder)
+    values["config"]["model"] |= settings
+    write_model(folder, values)
 
 
-def set_characters(folder, characters):
-    content = json.dumps({"type": "char", "characters": characters})
-    (folder / TOKENIZER).write_text(content, encoding="utf-8")
+def set_tokenizer(folder, **values):
+    write_model(folder, read_model(folder) | {"tokenizer": json.dumps(values)})
 
 
 def flip_a_bit(path):
@@ -266,57 +279,81 @@ def folder_instead(path):
     path.mkdir()
 
 
-UP = "block_1.mlp.up.kernel"
-FIT = "does not fit config.json and tokenizer.json"
+UP = "blocks.mlp.up.kernel"
+FIT = "does not fit model.json"
 HARM = {
-    "no weights": (lambda d: (d / MODEL).unlink(), MODEL, "missing"),
-    "no config": (lambda d: (d / CONFIG).unlink(), CONFIG, "missing"),
-    "no tokenizer": (lambda d: (d / TOKENIZER).unlink(), TOKENIZER, "missing"),
-    "pipe": (lambda d: pipe(d / MODEL), MODEL, "not a file"),
-    "folder": (lambda d: folder_instead(d / CONFIG), CONFIG, "not a file"),
-    "empty weights": (lambda d: truncate(d / MODEL, 0), MODEL, "0 bytes cannot hold the [0-9,]+ param"),
-    "header cut": (lambda d: truncate(d / MODEL, 100), MODEL, "cannot hold"),
-    "last byte cut": (lambda d: truncate(d / MODEL, -1), MODEL, "deserializing"),
-    "bytes too many": (lambda d: truncate(d / MODEL, 10**6), MODEL, "deserializing"),
-    "flipped bit": (lambda d: flip_a_bit(d / MODEL), MODEL, "not those that were written"),
-    "pickle": (lambda d: (d / MODEL).write_bytes(b"\x80\x04K\x01." * 50_000), MODEL, "header of"),
-    "huge header": (lambda d: (d / MODEL).write_bytes(b"\xff" * 10**6), MODEL, "header of 18,446,.* is more"),
-    "huge tokenizer": (lambda d: truncate(d / TOKENIZER, 2**33), TOKENIZER, "bytes are more than"),
-    "config not json": (lambda d: (d / CONFIG).write_text("{"), CONFIG, "Expecting property name"),
-    "config not utf-8": (lambda d: (d / CONFIG).write_bytes(b"\xff"), CONFIG, "decode byte 0xff"),
-    "config a list": (lambda d: (d / CONFIG).write_text("[]"), CONFIG, "group of settings"),
-    "deep config": (lambda d: (d / CONFIG).write_text("[" * 10**6), CONFIG, "recursion"),
-    "unknown setting": (lambda d: set_model(d, n_layers=2), CONFIG, "setting model.n_layers: did you"),
-    "long lines": (lambda d: set_model(d, **{"x\n" * 10**5: 2}), CONFIG, "unknown setting"),
-    "other width": (lambda d: set_model(d, d_mlp=64), MODEL, rf"{FIT}: block_0.* there, \(64, 32\) in"),
-    "layer missing": (lambda d: set_model(d, n_layer=3), MODEL, rf"{FIT}: block_2.* none there, \("),
-    "layer too many": (lambda d: set_model(d, n_layer=1), MODEL, rf"{FIT}: block_1.* there, none in the"),
-    "endless layers": (lambda d: set_model(d, n_layer=2**31), MODEL, "cannot hold the 26,[0-9,]+ param"),
-    "endless width": (lambda d: set_model(d, d_model=2**31, d_mlp=2**31), MODEL, "cannot hold the"),
-    "endless context": (lambda d: set_model(d, context=2**32), MODEL, "overflow|cannot hold"),
-    "endless convolution": (lambda d: set_model(d, conv_width=2**31), CONFIG, "must be 64 or below"),
-    "endless blocks": (lambda d: set_model(d, query_blocks=2**31), CONFIG, "must be 64 or below"),
-    "other characters": (lambda d: set_characters(d, "ab"), MODEL, rf"{FIT}: token_embedding.* \(2, 32\) in"),
-    "no characters": (lambda d: set_characters(d, ""), TOKENIZER, "must be a text, sorted"),
-    "tokenizer empty": (lambda d: (d / TOKENIZER).write_text("{}"), TOKENIZER, "its type is not known"),
-    "array missing": (lambda d: rewrite(d, lambda a, f: a.pop(UP)), MODEL, f"{FIT}: {UP} has shape none"),
-    "array too many": (lambda d: rewrite(d, lambda a, f: a.update(x=np.zeros(3))), MODEL, f"{FIT}: x has"),
-    "other shape": (lambda d: rewrite(d, lambda a, f: a.update({UP: a[UP][0]})), MODEL, f"{FIT}: {UP}"),
-    "other type": (lambda d: rewrite(d, lambda a, f: a.update({UP: a[UP] > 0})), MODEL, f"{UP} is BOOL, and"),
-    "changed": (lambda d: rewrite(d, lambda a, f: a[UP].fill(0), False), MODEL, "not those that were"),
-    "no step": (lambda d: rewrite(d, lambda a, f: f.pop("step")), MODEL, "step is missing or not"),
+    "no weights": (lambda d: (d / PARAMS).unlink(), PARAMS, "missing"),
+    "no json": (lambda d: (d / MODEL).unlink(), MODEL, "missing"),
+    "no config": (lambda d: rewrite(d, lambda a, f: f.pop("config")), MODEL, "config is missing"),
+    "no tokenizer": (lambda d: rewrite(d, lambda a, f: f.pop("tokenizer")), MODEL, "tokenizer is missing"),
+    "pipe": (lambda d: pipe(d / PARAMS), PARAMS, "not a file"),
+    "folder": (lambda d: folder_instead(d / MODEL), MODEL, "not a file"),
+    "empty weights": (lambda d: truncate(d / PARAMS, 0), PARAMS, "0 bytes cannot hold the [0-9,]+ param"),
+    "header cut": (lambda d: truncate(d / PARAMS, 100), PARAMS, "cannot hold"),
+    "last byte cut": (lambda d: truncate(d / PARAMS, -1), PARAMS, "deserializing"),
+    "bytes too many": (lambda d: truncate(d / PARAMS, 10**6), PARAMS, "deserializing"),
+    "flipped bit": (lambda d: flip_a_bit(d / PARAMS), PARAMS, "do not have the checksum"),
+    "pickle": (lambda d: (d / PARAMS).write_bytes(b"\x80\x04K\x01." * 50_000), PARAMS, "header of"),
+    "huge header": (lambda d: (d / PARAMS).write_bytes(b"\xff" * 10**6), PARAMS, "header of 18,.* is more"),
+    "huge json": (lambda d: truncate(d / MODEL, 2**33), MODEL, "bytes are more than"),
+    "not json": (lambda d: (d / MODEL).write_text("{"), MODEL, "Expecting property name"),
+    "not utf-8": (lambda d: (d / MODEL).write_bytes(b"\xff"), MODEL, "decode byte 0xff"),
+    "a list": (lambda d: (d / MODEL).write_text("[]"), MODEL, "not a JSON object"),
+    "config a list": (lambda d: write_model(d, read_model(d) | {"config": []}), MODEL, "group of settings"),
+    "deep json": (lambda d: (d / MODEL).write_text("[" * 10**6), MODEL, "recursion"),
+    "unknown setting": (
+        lambda d: set_model(d, n_layers=2), MODEL,
+        "setting model.n_layers: did you mean .*; written by gpt_jax [0-9.]+, and this is gpt_jax",
+    ),
+    "newer": (
+        lambda d: write_model(d, read_model(d) | {"format_version": 99}), MODEL,
+        "format 99, written by gpt_jax [0-9.]+, is newer than format [0-9]+ of this gpt_jax [0-9.]+: install",
+    ),
+    "strange version": (
+        lambda d: write_model(d, read_model(d) | {"format_version": "2"}), MODEL, "must be a positive integer"
+    ),
+    "long lines": (lambda d: set_model(d, **{"x\n" * 10**5: 2}), MODEL, "unknown setting"),
+    "other width": (
+        lambda d: set_model(d, d_mlp=64), PARAMS, rf"{FIT}: blocks.* there, \(2, 64, 32\) in"
+    ),
+    "layer missing": (
+        lambda d: set_model(d, n_layer=3), PARAMS, rf"{FIT}: blocks.* \(2, 32, 32\) there, \(3, 32, 32\) in"
+    ),
+    "layer too many": (lambda d: set_model(d, n_layer=1), PARAMS, rf"{FIT}: blocks.* there, \(1, .* in the"),
+    "endless layers": (lambda d: set_model(d, n_layer=2**31), PARAMS, "cannot hold the 26,[0-9,]+ param"),
+    "endless width": (lambda d: set_model(d, d_model=2**31, d_mlp=2**31), PARAMS, "cannot hold the"),
+    "endless context": (lambda d: set_model(d, context=2**32), PARAMS, "overflow|cannot hold"),
+    "endless convolution": (lambda d: set_model(d, conv_width=2**31), MODEL, "must be 64 or below"),
+    "endless blocks": (lambda d: set_model(d, query_blocks=2**31), MODEL, "must be 64 or below"),
+    "other characters": (
+        lambda d: set_tokenizer(d, type="char", characters="ab"), PARAMS,
+        rf"{FIT}: token_embedding.* \(2, 32\) in",
+    ),
+    "no characters": (
+        lambda d: set_tokenizer(d, type="char", characters=""), MODEL, "must be a text, sorted"
+    ),
+    "tokenizer empty": (lambda d: set_tokenizer(d), MODEL, "tokenizer: type None is not known; known: char"),
+    "array missing": (lambda d: rewrite(d, lambda a, f: a.pop(UP)), PARAMS, f"{FIT}: {UP} has shape none"),
+    "array too many": (lambda d: rewrite(d, lambda a, f: a.update(x=np.zeros(3))), PARAMS, f"{FIT}: x has"),
+    "other shape": (lambda d: rewrite(d, lambda a, f: a.update({UP: a[UP][0]})), PARAMS, f"{FIT}: {UP}"),
+    "other type": (lambda d: rewrite(d, lambda a, f: a.update({UP: a[UP] > 0})), PARAMS, f"{UP} is BOOL"),
+    "changed": (lambda d: rewrite(d, lambda a, f: a[UP].fill(0), False), PARAMS, "do not have the checksum"),
+    "no step": (lambda d: rewrite(d, lambda a, f: f.pop("step")), MODEL, "step is missing or has"),
     "strange loss": (lambda d: rewrite(d, lambda a, f: f.update(val_loss="1")), MODEL, "val_loss is missing"),
-    "no facts": (lambda d: save_file(load_file(d / MODEL), d / MODEL), MODEL, "no facts of gpt_jax"),
+    "no checksum": (
+        lambda d: write_model(d, {k: v for k, v in read_model(d).items() if k != "sha256"}), PARAMS,
+        "do not have the checksum",
+    ),
 }  # fmt: skip
 
 
 def test_a_model_that_is_only_rewritten_can_be_read(copy):
     """So it is the harm that the next test sees refused."""
-    before = (copy / MODEL).read_bytes()
+    before = (copy / PARAMS).read_bytes()
     rewrite(copy, lambda a, f: a[UP].fill(0))
     set_model(copy, remat="block")
     run = gpt_jax.load(copy)
-    assert not run.params["block_1"]["mlp"]["up"]["kernel"].any() and (copy / MODEL).read_bytes() != before
+    assert not run.params["blocks"]["mlp"]["up"]["kernel"].any() and (copy / PARAMS).read_bytes() != before
 
 
 @pytest.mark.parametrize("harm, name, message", HARM.values(), ids=HARM)
@@ -330,17 +367,17 @@ def test_a_damaged_or_hostile_model_is_one_line(copy, harm, name, message):
 
 
 def test_damage_is_exit_status_2(copy, tmp_path):
-    truncate(copy / MODEL, -1)
+    truncate(copy / PARAMS, -1)
     done = program(REPOSITORY / "sample.py", "--workdir", copy, "--out", "o.txt", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert re.fullmatch(
-        rf"error: exported model, {copy / MODEL}: Error while deserializing .*\n", done.stderr
+        rf"error: exported model, {copy / PARAMS}: Error while deserializing .*\n", done.stderr
     )
     assert not (tmp_path / "o.txt").exists()
 
 
 def test_an_older_model_is_replaced_and_nothing_else(trained, copy, tmp_path):
-    (copy / MODEL).write_bytes(b"old")
+    (copy / PARAMS).write_bytes(b"old")
     (copy / CARD).unlink()
     export(trained, copy)
     assert gpt_jax.load(copy).step == trained.step
@@ -349,10 +386,10 @@ def test_an_older_model_is_replaced_and_nothing_else(trained, copy, tmp_path):
     (tmp_path / "empty").mkdir()
     export(trained, tmp_path / "empty")
     (copy / "notes.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(UserError, match=r"out = .*model holds other things, such as notes.txt: name a new"):
+    with pytest.raises(UserError, match=r"out = .*model holds other files, such as notes.txt: name a new"):
         export(trained, copy)
-    with pytest.raises(UserError, match=r"run holds other things, such as checkpoints: name a new folder"):
-        export(trained, trained.config.data.file.parent / "run")
+    with pytest.raises(UserError, match=r"run holds other files, such as checkpoints: name a new folder"):
+        export(trained, text_file(trained.config.data).parent / "run")
     with pytest.raises(UserError, match=r"notes.txt is not a folder: name a new one"):
         export(trained, copy / "notes.txt")
     assert (copy / "notes.txt").read_text(encoding="utf-8") == "mine"
@@ -360,8 +397,8 @@ def test_an_older_model_is_replaced_and_nothing_else(trained, copy, tmp_path):
 
 def test_nothing_is_trained_over_it(trained, copy):
     before = {path: path.read_bytes() for path in copy.iterdir()}
-    with pytest.raises(UserError, match="holds an exported model: train in another one"):
-        trainer.train(trained.config, copy)
+    with pytest.raises(UserError, match="holds an exported model: choose another with --workdir"):
+        train(trained.config, copy)
     assert {path: path.read_bytes() for path in copy.iterdir()} == before
 
 
@@ -369,11 +406,11 @@ def test_what_cannot_be_written_leaves_the_old(trained, copy, tmp_path, monkeypa
     def full(path):
         raise OSError(28, "No space left on device")
 
-    before = (copy / MODEL).read_bytes()
-    monkeypatch.setattr(exported, "sync", full)
+    before = (copy / PARAMS).read_bytes()
+    monkeypatch.setattr(model_folder, "sync", full)
     with pytest.raises(RunError, match=r"out = .*model cannot be written: No space left on device"):
         export(trained, copy)
-    assert (copy / MODEL).read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (copy / PARAMS).read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize(
@@ -394,19 +431,19 @@ def test_one_of_both_models_is_there(trained, copy, tmp_path, monkeypatch, error
         if path.name == "new":
             raise error
 
-    old, new = b"old", (copy / MODEL).read_bytes()
-    (copy / MODEL).write_bytes(old)
+    old, new = b"old", (copy / PARAMS).read_bytes()
+    (copy / PARAMS).write_bytes(old)
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(raised):
         export(trained, copy)
-    assert (copy / MODEL).read_bytes() == (new if renamed else old)
+    assert (copy / PARAMS).read_bytes() == (new if renamed else old)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_what_cannot_be_exported(trained, tmp_path):
     with pytest.raises(UserError, match=r"dtype = 'float16' cannot hold a.kernel: use --dtype float32"):
         as_stored({"a": {"kernel": np.float32([1, 1e6])}}, "float16")
-    text = trained.config.data.file
+    text = text_file(trained.config.data)
     old = text.read_bytes()
     try:
         text.write_bytes(old + b"more")

@@ -30,8 +30,8 @@ from disturb import (
     write_text,
 )  # fmt: skip
 
-from gpt_jax.config import REPOSITORY
-from gpt_jax.metrics import read_metrics
+from gpt_jax.commands.paths import ROOT as REPOSITORY
+from gpt_jax.monitor.metrics import read_metrics
 
 pytestmark = pytest.mark.faults
 DRIVER = REPOSITORY / "tests" / "driver.py"
@@ -134,7 +134,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(start, whole, tmp_path, wha
     assert training.wait() == 128 + signal.Signals[what], training.output
     before = training.output.partition(f"sending {what}")[0]
     stopped = re.search(
-        rf"stopped by {what}; saved after step (\d+) of 40. The same command goes on. "
+        rf"stopped by {what}; saved after step (\d+) of 40. The same command resumes it. "
         rf"To sample: python sample.py --workdir {re.escape(str(tmp_path / 'run'))}\n",
         training.output,
     )
@@ -216,15 +216,15 @@ def test_when_all_checkpoints_are_bad_nothing_is_touched(start, whole, tmp_path)
     training = start(workdir=workdir)
     assert training.wait() == 1
     assert re.search(
-        r"^error: no checkpoint in \S+/checkpoints is whole \(40, 30 tried\); nothing was changed there. "
-        r"Put a copy back, or start another run with another --workdir$",
+        r"^error: all checkpoints in \S+/checkpoints are damaged \(40, 30\); nothing was changed there. "
+        r"Restore a copy, or start another run with another --workdir$",
         training.output, flags=re.MULTILINE,
     ), training.output  # fmt: skip
     sample = subprocess.run(
         [sys.executable, str(REPOSITORY / "sample.py"), "--workdir", workdir, "--out", tmp_path / "o"],
         capture_output=True, text=True, encoding="utf-8",
     )  # fmt: skip
-    assert sample.returncode == 1 and "is whole (40, 30 tried)" in sample.stderr, sample.stderr
+    assert sample.returncode == 1 and "are damaged (40, 30)" in sample.stderr, sample.stderr
     assert not (tmp_path / "o").exists()
     assert {path: path.read_bytes() for path in files_of(workdir) if path.name != "lock"} == before
 
@@ -255,7 +255,7 @@ def test_lost_checkpoints_are_not_passed_over_in_silence(start, whole, tmp_path)
 def test_a_nan_stops_the_run_and_is_never_saved(start, text, cache, tmp_path, where, shown):
     """The state before it is what a run that ends there has, to the bit, however it is tried again."""
     last = int(where.partition(":")[2])  # updates before the bad one
-    settings = {"train.accumulate": 1, "optimizer.schedule": "constant"}
+    settings = {"train.grad_accum_steps": 1, "optimizer.schedule": "constant"}
     program = {"program": DRIVER, "environment": {"DISTURBANCE": f"x {where}"}}
     for _ in range(2):
         training = start(settings=settings, **program)
@@ -289,7 +289,7 @@ def test_an_update_that_overflows_is_left_out(start, tmp_path):
 
 @pytest.mark.parametrize("skip", some(5, 0))
 def test_a_spike_is_shown_and_skipped_where_asked(start, text, tmp_path, skip):
-    settings = {"train.accumulate": 1, "optimizer.skip_above": skip, "train.log_every": 10}
+    settings = {"train.grad_accum_steps": 1, "optimizer.skip_grad_norm_factor": skip, "train.log_every": 10}
     training = start(settings=settings, program=DRIVER, environment={"DISTURBANCE": "x spike:24"})
     assert training.wait() == 0, training.output
     records = {record["step"]: record for record in read_metrics(tmp_path / "run" / "metrics.jsonl")}
@@ -307,7 +307,7 @@ def test_a_spike_is_shown_and_skipped_where_asked(start, text, tmp_path, skip):
 def test_deterministic_is_one_thread(start, tmp_path):
     """With all cores at hand, the bits are those of one core (test_backend counts the threads)."""
     settings = {"model.d_model": 128, "model.context": 64, "train.steps": 4, "train.batch_size": 16,
-                "train.accumulate": 1, "train.eval_every": 4}  # fmt: skip
+                "train.grad_accum_steps": 1, "train.eval_every": 4}  # fmt: skip
     use_all = (
         "import os, sys; os.sched_setaffinity(0, range(os.cpu_count())); os.execv(sys.argv[1], sys.argv[1:])"
     )

@@ -20,13 +20,14 @@ import pytest
 import tensorstore
 from disturb import Training, files_of, spoil, write_text
 
-from gpt_jax import checkpoint, trainer
-from gpt_jax.checkpoint import METADATA, Checkpoints
-from gpt_jax.config import REPOSITORY
+from gpt_jax.commands.paths import ROOT as REPOSITORY
+from gpt_jax.commands.training_run import train
 from gpt_jax.errors import RunError, UserError
-from gpt_jax.integrity import CHECKSUMS, DamagedError, seal
-from gpt_jax.metadata import Metadata, read_metadata
-from gpt_jax.run import load
+from gpt_jax.interchange.trained_model import load
+from gpt_jax.storage import checkpoints as checkpoint
+from gpt_jax.storage.checkpoints import METADATA, Checkpoints, read_metadata
+from gpt_jax.storage.integrity import CHECKSUMS, DamagedError, seal
+from gpt_jax.storage.metadata import Metadata
 
 pytestmark = pytest.mark.faults
 slow = pytest.mark.slow
@@ -123,7 +124,7 @@ def test_files_are_on_the_disk_before_names_and_names_before_deletions(faults_li
 
 def test_what_the_saving_thread_raises_ends_training(tiny_config, tmp_path, monkeypatch):
     config = tiny_config()
-    assert trainer.train(config, tmp_path / "run") == 0
+    assert train(config, tmp_path / "run") == 0
 
     def broken(folder):
         raise ValueError(f"cannot seal {folder.name}")
@@ -134,10 +135,10 @@ def test_what_the_saving_thread_raises_ends_training(tiny_config, tmp_path, monk
         "step 30 could not be saved in .*: ValueError: cannot seal 30.unfinished; that of step 20 is kept"
     )
     with pytest.raises(RunError, match=message):
-        trainer.train(longer, tmp_path / "run")
+        train(longer, tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["10", "20"]
     monkeypatch.undo()
-    assert trainer.train(longer, tmp_path / "run") == 0
+    assert train(longer, tmp_path / "run") == 0
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +198,7 @@ def test_a_damaged_checkpoint_is_never_sampled_from(workdir, capsys):
     )
     assert not np.array_equal(run.params["final_norm"]["scale"], good["final_norm"]["scale"])
     spoil(workdir / "checkpoints" / "10" / METADATA, "delete")
-    with pytest.raises(RunError, match=r"is whole \(20, 10 tried\); nothing was changed"):
+    with pytest.raises(RunError, match=r"are damaged \(20, 10\); nothing was changed"):
         load(workdir, "best")
 
 
@@ -294,7 +295,7 @@ def test_names_that_lead_outside_lead_nowhere(workdir, name):
     (step / CHECKSUMS).write_text(
         f"{lines}# {hashlib.sha256(lines.encode()).hexdigest()}\n", encoding="utf-8"
     )
-    with pytest.raises(RunError, match="is whole"):
+    with pytest.raises(RunError, match="are damaged"):
         load(workdir)
 
 
@@ -309,7 +310,7 @@ def test_links_and_pipes_are_refused(workdir, tmp_path, kind):
         os.mkfifo(target)
     else:
         target.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(RunError, match="is whole"):
+    with pytest.raises(RunError, match="are damaged"):
         load(workdir)
 
 
@@ -318,7 +319,7 @@ import json, re, sys
 import numpy as np
 sys.path.insert(0, sys.argv[1])
 from gpt_jax.errors import RunError, UserError
-from gpt_jax.run import load
+from gpt_jax.interchange.trained_model import load
 load(sys.argv[2])
 
 def peak():  # KiB, of this program alone: ru_maxrss begins at its parent's

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gpt_jax.hlo import Program
+from gpt_jax.costs.hlo import Program
 
 N = 64
 SQUARE = 4 * N * N  # bytes

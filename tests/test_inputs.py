@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 import gpt_jax
-from gpt_jax import trainer
-from gpt_jax.config import REPOSITORY, Config
-from gpt_jax.corpus import load_corpus, read_text
+from gpt_jax.commands.paths import ROOT as REPOSITORY
+from gpt_jax.commands.sample import write_samples
+from gpt_jax.commands.training_run import train
+from gpt_jax.config import Config
+from gpt_jax.data.corpus import load_corpus, read_text
 from gpt_jax.errors import UserError
-from gpt_jax.sampling import make_rules
-from gpt_jax.write_samples import write_samples
+from gpt_jax.sampling.rules import make_rules
 
 pytestmark = pytest.mark.faults
 LINE = "to be or not to be, that is the question\n"
@@ -37,7 +38,7 @@ def test_unusual_texts_train_and_sample(tiny_config, text_file, tmp_path, data, 
     assert load_corpus(text_file, 16, 0.9).tokenizer.characters == characters
     muon = {"name": "muon"} if characters == "a" else {}  # zero gradients must not become NaN
     config = tiny_config(train={"steps": 4, "eval_every": 2, "sample_length": 5}, optimizer=muon)
-    assert trainer.train(config, tmp_path / "run") == 0
+    assert train(config, tmp_path / "run") == 0
     text = gpt_jax.load(tmp_path / "run").generate("", length=20)
     assert len(text) == 20 and set(text) <= set(characters)
 
@@ -95,7 +96,7 @@ def run(tmp_path_factory):
             "mesh": {"data": 1},
         }
     )
-    assert trainer.train(config, folder / "run") == 0
+    assert train(config, folder / "run") == 0
     return folder / "run"
 
 
@@ -130,7 +131,7 @@ def test_what_can_be_sampled_and_both_ways_agree(run, tmp_path, arguments):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"prompt": "café"}, "never seen: 'c' 'f' 'é'"),
+        ({"prompt": "café"}, "unknown characters: 'c' 'f' 'é'"),
         ({"length": -1}, "length = -1 must be 0 or above"),
         ({"temperature": -0.5}, "temperature = -0.5 must be a number of 0"),
         ({"temperature": float("nan")}, "temperature = nan must be"),

@@ -11,11 +11,14 @@ import reference
 from conftest import MODELS, VOCAB, apply, init, make_params, small_model
 from flax import linen as nn
 
-from gpt_jax import backend
-from gpt_jax.config import REPOSITORY, Config
-from gpt_jax.loss import batch_loss, token_losses
-from gpt_jax.model import GPT, attend_in_blocks
-from gpt_jax.params import count_params, init_params, unstack_layers
+from gpt_jax.commands.paths import ROOT as REPOSITORY
+from gpt_jax.config import Config
+from gpt_jax.model import attention
+from gpt_jax.model.attention import attend_in_blocks
+from gpt_jax.model.cache import empty_cache
+from gpt_jax.model.loss import batch_loss, token_losses
+from gpt_jax.model.params import count_params, init_params, stack_layers, unstack_layers
+from gpt_jax.model.transformer import GPT
 
 
 def random_tokens(*shape, seed=0):
@@ -208,7 +211,7 @@ def test_a_list_of_layers_computes_the_same():
     params = make_params(config)
     tokens = random_tokens(2, 8)
     stacked, _ = apply(GPT(config, VOCAB), params, tokens)
-    listed, _ = apply(GPT(config, VOCAB, stacked=False), unstack_layers(params), tokens)
+    listed, _ = apply(GPT(config, VOCAB), unstack_layers(params), tokens)
     np.testing.assert_allclose(stacked, listed, atol=1e-6, rtol=1e-5)
 
 
@@ -284,8 +287,29 @@ def test_the_fused_kernel_gets_what_attend_gets(name, monkeypatch):
         return jax.nn.dot_product_attention(*qkv, is_causal=True, implementation="xla")
 
     plain = loss_and_gradient()
-    monkeypatch.setattr(backend, "causal_cudnn", stand_in)
-    monkeypatch.setattr(backend, "has_cudnn_attention", lambda config, *device: True)
+    monkeypatch.setattr(attention, "causal_cudnn", stand_in)
+    monkeypatch.setattr(attention, "has_cudnn_attention", lambda config, *device: True)
     fused = loss_and_gradient()
     assert calls
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), fused, plain)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_are_unstacked_and_stacked_again(name):
+    params = make_params(small_model(**MODELS[name]))
+    unstacked = unstack_layers(params)
+    assert {"block_0", "block_1"} <= unstacked.keys() and "blocks" not in unstacked
+    again = stack_layers(unstacked)
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_more_than_ten_layers_are_stacked_in_their_order():
+    params = make_params(small_model(n_layer=12))
+    jax.tree.map(np.testing.assert_array_equal, stack_layers(unstack_layers(params)), params)
+
+
+def test_a_cache_needs_one_tree_a_layer():
+    config = small_model()
+    with pytest.raises(ValueError, match="unstack_layers"):
+        apply(GPT(config, VOCAB), make_params(config), random_tokens(1, 2), empty_cache(config, VOCAB, 1))

@@ -6,7 +6,7 @@ import pytest
 from conftest import init, small_model
 
 from gpt_jax.config import OptimizerConfig
-from gpt_jax.optimizer import (
+from gpt_jax.training.optimizer import (
     LEAST_NORMS,
     MEDIAN_OF,
     count_skipped,
@@ -18,7 +18,7 @@ from gpt_jax.optimizer import (
 
 
 def rates(steps=100, **settings):
-    config = OptimizerConfig(warmup_steps=10, final_fraction=0.1, **settings)
+    config = OptimizerConfig(warmup_steps=10, min_lr_ratio=0.1, **settings)
     schedule = make_schedule(config, steps, 2.0)
     return np.array([float(schedule(step)) for step in range(steps + 1)])
 
@@ -49,7 +49,7 @@ def params_and_gradient(**options):
 
 
 def test_matrices_decay_and_nothing_else():
-    params, gradient = params_and_gradient(bigram=True, conv_width=3, embedding_skip=True, qk_norm=True)
+    params, gradient = params_and_gradient(bigram=True, conv_width=3, x0_residual=True, qk_norm=True)
     names = {
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, matrix in jax.tree.leaves_with_path(is_matrix(params))
@@ -79,7 +79,7 @@ def test_matrices_decay_and_nothing_else():
 @pytest.mark.parametrize("decay", ["weight_decay", "embedding_decay"])
 def test_muon_decays_blocks_and_embeddings_apart(decay):
     params, gradient = params_and_gradient(
-        bigram=True, conv_width=3, embedding_skip=True, tied_embedding=False, qk_norm=True
+        bigram=True, conv_width=3, x0_residual=True, tied_embedding=False, qk_norm=True
     )
     params = jax.tree.map(lambda p: p + 0.1, params)  # what begins at zero could not be seen to decay
     settings = {

@@ -11,15 +11,15 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from gpt_jax.config import Config
-from gpt_jax.hlo import Program
-from gpt_jax.loss import window_losses
-from gpt_jax.model import GPT
-from gpt_jax.optimizer import make_optimizer
-from gpt_jax.params import name_leaves
-from gpt_jax.sharding import make_mesh, replicated
-from gpt_jax.topologies import describe_topology
-from gpt_jax.train_state import abstract_state
-from gpt_jax.train_step import make_train_steps
+from gpt_jax.costs.hlo import Program
+from gpt_jax.costs.topologies import describe_topology
+from gpt_jax.model.loss import window_losses
+from gpt_jax.model.params import name_leaves
+from gpt_jax.model.transformer import GPT
+from gpt_jax.parallel.mesh import make_mesh, replicated
+from gpt_jax.training.optimizer import make_optimizer
+from gpt_jax.training.state import abstract_state
+from gpt_jax.training.step import make_train_steps
 
 # Activations alone have an axis that is a multiple of the context, as a flat batch of tokens is, too:
 # positions are rotated, not learned, and no width is a multiple of 7. The vocabulary is smaller than the
@@ -41,7 +41,7 @@ PLATFORMS = ["cpu", pytest.param("tpu", marks=TPU)]
 VARIANTS = {
     "": {},
     "rolled": {"model": {"unroll": "no", "remat": "elementwise"}},
-    "micro-batches": {"model": {"unroll": "no"}, "train": {"accumulate": 2}},
+    "micro-batches": {"model": {"unroll": "no"}, "train": {"grad_accum_steps": 2}},
     "modern": {
         "model": {
             "unroll": "no",
@@ -49,7 +49,7 @@ VARIANTS = {
             "activation": "relu2",
             "qk_norm": True,
             "conv_width": 3,
-            "embedding_skip": True,
+            "x0_residual": True,
             "tied_embedding": False,
             "attention_dropout": 0.0,
         },
@@ -90,7 +90,7 @@ def compile_for(platform, mesh_name, variant, evaluation):
     more = WIDE if variant == "wide" else VARIANTS[variant]
     config = Config.from_dict({
         "model": MODEL | {"unroll": "yes", "dtype": "float32"} | more.get("model", {}),
-        "train": {"batch_size": BATCH, "accumulate": 1} | more.get("train", {}),
+        "train": {"batch_size": BATCH, "grad_accum_steps": 1} | more.get("train", {}),
         "optimizer": more.get("optimizer", {}),
         "mesh": MESHES[mesh_name],
     })  # fmt: skip
@@ -146,7 +146,7 @@ def test_fsdp_gathers_parameters_and_moves_no_activation(platform, variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_split_layers_sum_activations_of_their_own_windows(platform, mesh_name, share, variant):
     program, _ = compiled(platform, mesh_name, variant)
-    windows = BATCH // share // VARIANTS[variant].get("train", {}).get("accumulate", 1)
+    windows = BATCH // share // VARIANTS[variant].get("train", {}).get("grad_accum_steps", 1)
     moved = activations(program)
     assert moved and {kind for kind, _ in moved} <= {"all-reduce", "reduce-scatter", "all-gather"}
     assert all(windows in dims and BATCH not in dims for _, dims in moved), moved

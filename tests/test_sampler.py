@@ -4,10 +4,11 @@ import pytest
 from conftest import MODELS, VOCAB, apply, make_params, small_model
 from scipy import stats
 
-from gpt_jax.model import GPT, empty_cache
-from gpt_jax.params import unstack_layers
-from gpt_jax.sampler import generate_tokens, prefill, window_start
-from gpt_jax.sampling import apply_rules, make_rules
+from gpt_jax.model.cache import empty_cache
+from gpt_jax.model.params import unstack_layers
+from gpt_jax.model.transformer import GPT
+from gpt_jax.sampling.generate import generate_tokens, prefill, window_start
+from gpt_jax.sampling.rules import apply_rules, make_rules
 
 KEY = jax.random.key(5)
 T = 8
@@ -15,7 +16,7 @@ T = 8
 
 def make_model(**options):
     config = small_model(context=T, **options)
-    return GPT(config, VOCAB, stacked=False), unstack_layers(make_params(config))
+    return GPT(config, VOCAB), make_params(config)
 
 
 def prompt_of(length, rows=1):
@@ -31,6 +32,7 @@ def generate(model, params, prompt, length, rules=None, key=KEY, window="half"):
 def test_cached_decoding_equals_the_full_forward_pass(options):
     """Every prompt length 1 to T, then one token at a time, in a batch of three, every position."""
     model, params = make_model(**options)
+    params = unstack_layers(params)
     tokens_BxT = prompt_of(T, rows=3)
     full_BxTxV, _ = apply(model, params, tokens_BxT)
     for length in range(1, T + 1):
@@ -44,9 +46,16 @@ def test_cached_decoding_equals_the_full_forward_pass(options):
         assert int(cache.length) == T
 
 
+def test_a_convolution_caches_only_the_rows_that_it_reads():
+    model, params = make_model(conv_width=4)
+    _, cache = prefill(model, unstack_layers(params), prompt_of(T, rows=2), np.int32(3))
+    assert cache.layers[0].conv_BxSxD.shape == (2, 3, model.config.d_model)
+
+
 @pytest.mark.parametrize("pieces", [(1, 7), (3, 2, 3), (5, 3)])
 def test_a_cache_takes_several_tokens_at_a_time(pieces):
     model, params = make_model(**MODELS["modern"])
+    params = unstack_layers(params)
     tokens_BxT = prompt_of(T, rows=2)
     full_BxTxV, _ = apply(model, params, tokens_BxT)
     cache, start = empty_cache(model.config, VOCAB, 2), 0
@@ -103,8 +112,8 @@ def test_windows_are_contiguous_and_long_enough(context):
 @pytest.mark.parametrize("context", [1, 2, 5])
 def test_odd_contexts_generate(context):
     config = small_model(context=context)
-    model = GPT(config, VOCAB, stacked=False)
-    params = unstack_layers(make_params(config))
+    model = GPT(config, VOCAB)
+    params = make_params(config)
     assert generate(model, params, prompt_of(2), 40).shape == (1, 40)
 
 

@@ -4,7 +4,7 @@ import pytest
 from scipy import stats
 
 from gpt_jax.errors import UserError
-from gpt_jax.sampling import apply_rules, draw, make_rules
+from gpt_jax.sampling.rules import apply_rules, draw, make_rules
 
 LOGITS = np.random.default_rng(0).normal(0, 2, (20, 12)).astype(np.float32)
 

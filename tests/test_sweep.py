@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from sweep import all_settings, print_table, read_lines, sweep, with_settings
 
-from gpt_jax.config import REPOSITORY, Config, flatten
+from gpt_jax.commands.paths import ROOT as REPOSITORY
+from gpt_jax.commands.training_run import train
+from gpt_jax.config import Config, flatten
 from gpt_jax.errors import UserError
-from gpt_jax.metrics import read_metrics
-from gpt_jax.trainer import train
+from gpt_jax.monitor.metrics import read_metrics
 
 SMOKE = REPOSITORY / "configs" / "smoke.py"
 

@@ -8,21 +8,28 @@ import numpy as np
 import pytest
 from conftest import MODERN
 
-from gpt_jax import backend, chips, report, trainer
-from gpt_jax.checkpoint import Checkpoints
+from gpt_jax.commands import training_run
+from gpt_jax.commands.paths import text_file
+from gpt_jax.commands.training_run import train
 from gpt_jax.config import Config
-from gpt_jax.corpus import load_corpus
+from gpt_jax.costs import chips
+from gpt_jax.data.corpus import load_corpus
 from gpt_jax.errors import RunError, UserError
-from gpt_jax.loss import make_loss_of_tokens
-from gpt_jax.metrics import read_metrics
-from gpt_jax.model import GPT
-from gpt_jax.optimizer import make_optimizer
-from gpt_jax.resume import state_items
+from gpt_jax.interchange.trained_model import load
+from gpt_jax.model.loss import make_loss_of_tokens
+from gpt_jax.model.params import flops_per_token
+from gpt_jax.model.transformer import GPT
+from gpt_jax.monitor.metrics import read_metrics
+from gpt_jax.parallel import devices
+from gpt_jax.parallel.mesh import make_mesh, replicated
 from gpt_jax.rng import INIT_STREAM, stream
-from gpt_jax.run import checkpoint_folder, load
-from gpt_jax.sharding import make_mesh, replicated
-from gpt_jax.train_state import abstract_state, init_state
-from gpt_jax.train_step import make_train_steps
+from gpt_jax.storage.checkpoints import Checkpoints
+from gpt_jax.storage.run_folder import checkpoint_folder
+from gpt_jax.training import loop
+from gpt_jax.training.optimizer import make_optimizer
+from gpt_jax.training.resume import state_items
+from gpt_jax.training.state import abstract_state, init_state
+from gpt_jax.training.step import make_train_steps
 
 MESHES = {
     "1": {"data": 1},
@@ -33,7 +40,7 @@ MESHES = {
 
 
 def make_parts(config: Config):
-    corpus = load_corpus(config.data.file, config.model.context, config.data.train_fraction)
+    corpus = load_corpus(text_file(config.data), config.model.context, config.data.train_fraction)
     mesh = make_mesh(config.mesh)
     model = GPT(config.model, corpus.tokenizer.vocab_size, mesh=mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -108,7 +115,7 @@ def test_a_checkpoint_moves_between_meshes(tiny_config, tmp_path, name):
 
 def test_accumulation_changes_nothing_but_rounding(tiny_config):
     whole, whole_val, _ = run_steps(tiny_config())
-    parts, parts_val, _ = run_steps(tiny_config(train={"accumulate": 4}))
+    parts, parts_val, _ = run_steps(tiny_config(train={"grad_accum_steps": 4}))
     np.testing.assert_allclose(parts, whole, rtol=1e-5)
     np.testing.assert_allclose(parts_val, whole_val, rtol=1e-5)
 
@@ -143,9 +150,9 @@ def train_and_stop(config, workdir, step, monkeypatch, signal_number=signal.SIGI
             os.kill(os.getpid(), signal_number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Terminal, "progress", progress)
-        patch.setattr(trainer, "SECONDS_PER_CALL", 0.0)  # one step a call, so that it stops right there
-        return trainer.train(config, workdir)
+        patch.setattr(training_run.Terminal, "progress", progress)
+        patch.setattr(loop, "SECONDS_PER_CALL", 0.0)  # one step a call, so that it stops right there
+        return train(config, workdir)
 
 
 def saved_state(config, workdir, step=None):
@@ -183,7 +190,11 @@ def metrics_of(workdir):
     "signal_number, stops, settings",
     [
         (signal.SIGINT, (10, 13), {"optimizer": {"ema_decay": 0.9}}),
-        (signal.SIGTERM, (4,), {"optimizer": {"name": "muon"}, "train": {"accumulate": 2}, "model": MODERN}),
+        (
+            signal.SIGTERM,
+            (4,),
+            {"optimizer": {"name": "muon"}, "train": {"grad_accum_steps": 2}, "model": MODERN},
+        ),
     ],
     ids=["adamw_ema", "muon_accumulate"],
 )
@@ -193,7 +204,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     dropout = {"dropout": 0.2, "attention_dropout": 0.2}
     config = tiny_config(**settings | {"model": settings.get("model", {}) | dropout})
     whole = tmp_path / "whole"
-    assert trainer.train(config, whole) == 0
+    assert train(config, whole) == 0
     wanted = saved_state(config, whole)
     assert wanted["step"] == 20
     for k in stops:  # 10 is an evaluation; 4 and 13 are between lines of the metrics
@@ -204,10 +215,10 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
         assert stopped["step"] == k
         if k == 10:  # saved at once and left, or saved in passing: the steps after it touched nothing
             assert_same_bits(stopped, saved_state(config, whole, 10))
-        assert trainer.train(config, workdir) == 0
+        assert train(config, workdir) == 0
         assert_same_bits(saved_state(config, workdir), wanted)
         assert metrics_of(workdir) == metrics_of(whole)
-    assert f"saved after step {stops[0]} of 20. The same command goes on" in capsys.readouterr().out
+    assert f"saved after step {stops[0]} of 20. The same command resumes it" in capsys.readouterr().out
 
 
 def test_a_run_moves_between_meshes(tiny_config, tmp_path, monkeypatch):
@@ -215,55 +226,55 @@ def test_a_run_moves_between_meshes(tiny_config, tmp_path, monkeypatch):
     settings = {
         "model": {"dropout": 0.2}, "optimizer": {"ema_decay": 0.8}, "train": {"sample_length": 20},
     }  # fmt: skip
-    assert trainer.train(tiny_config(**settings), tmp_path / "one") == 0
+    assert train(tiny_config(**settings), tmp_path / "one") == 0
     moved = tmp_path / "moved"
     train_and_stop(tiny_config(mesh=MESHES["2x2x2"], **settings), moved, 12, monkeypatch)
-    assert trainer.train(tiny_config(mesh=MESHES["8x1x1"], **settings), moved) == 0
+    assert train(tiny_config(mesh=MESHES["8x1x1"], **settings), moved) == 0
     for got, wanted in zip(metrics_of(moved), metrics_of(tmp_path / "one"), strict=True):
         assert got == pytest.approx(wanted, rel=1e-4)
 
 
 def test_micro_batches_have_the_same_dropout_on_every_mesh(tiny_config):
-    settings = {"model": {"dropout": 0.3}, "train": {"accumulate": 2, "batch_size": 16}}
+    settings = {"model": {"dropout": 0.3}, "train": {"grad_accum_steps": 2, "batch_size": 16}}
     wanted, _, _ = run_steps(tiny_config(**settings))
     got, _, _ = run_steps(tiny_config(mesh=MESHES["2x2x2"], **settings))
     np.testing.assert_allclose(got, wanted, rtol=2e-5)
 
 
 def test_a_run_keeps_its_number_of_micro_batches(tiny_config, tmp_path, monkeypatch):
-    config = tiny_config(train={"steps": 4, "accumulate": 4})
+    config = tiny_config(train={"steps": 4, "grad_accum_steps": 4})
     train_and_stop(config, tmp_path / "run", 2, monkeypatch)
-    assert trainer.train(tiny_config(train={"steps": 4}), tmp_path / "run") == 0
-    assert load(tmp_path / "run", "last").config.train.accumulate == 4
+    assert train(tiny_config(train={"steps": 4}), tmp_path / "run") == 0
+    assert load(tmp_path / "run", "last").config.train.grad_accum_steps == 4
 
 
 def test_a_run_keeps_its_precision(tiny_config, tmp_path, monkeypatch, capsys):
     """Begun on a CPU and resumed where a new run would compute in bfloat16, it goes on in float32."""
     config, whole, moved = tiny_config(), tmp_path / "whole", tmp_path / "moved"
-    assert trainer.train(config, whole) == 0
+    assert train(config, whole) == 0
     assert metadata_of(whole)["compute_dtype"] == "float32"
     train_and_stop(config, moved, 12, monkeypatch)
-    for module in (backend, report):
+    for module in (devices, training_run):
         monkeypatch.setattr(module, "first_device", lambda *_: ("gpu", "9.0"))
     capsys.readouterr()
-    assert trainer.train(config, moved) == 0
+    assert train(config, moved) == 0
     said = capsys.readouterr().out
     assert ", float32 (the model's matrix products in full float32), " in said.splitlines()[0]
     assert "dtype   keeping float32, the precision of the checkpoint; a new run on this device would" in said
     assert_same_bits(saved_state(config, moved), saved_state(config, whole))
     assert metadata_of(moved)["compute_dtype"] == "float32"
     # The settings still say "auto": whatever samples takes what suits its own device.
-    assert load(moved).model.config.dtype == "auto"
+    assert load(moved).module.config.dtype == "auto"
 
 
 def test_another_precision_is_taken_where_the_settings_ask_for_it(tiny_config, tmp_path, capsys):
-    assert trainer.train(tiny_config(), tmp_path) == 0
+    assert train(tiny_config(), tmp_path) == 0
     config = tiny_config(model={"dtype": "bfloat16"}, train={"steps": 24})
-    assert trainer.train(config, tmp_path) == 0
+    assert train(config, tmp_path) == 0
     said = capsys.readouterr().out
     assert "dtype   precision changes from float32 to bfloat16, as model.dtype says" in said
     assert metadata_of(tmp_path)["compute_dtype"] == "bfloat16"
-    assert trainer.train(tiny_config(train={"steps": 28}), tmp_path) == 0
+    assert train(tiny_config(train={"steps": 28}), tmp_path) == 0
     assert "dtype   keeping bfloat16, the precision of the checkpoint" in capsys.readouterr().out
 
 
@@ -272,11 +283,11 @@ def test_utilization_is_recorded_where_the_peak_of_the_device_is_known(tiny_conf
     monkeypatch.setattr(chips, "CHIPS", (chip,))
     for dtype in ("bfloat16", "float32"):
         config = tiny_config(model={"dtype": dtype}, train={"steps": 5})
-        assert trainer.train(config, tmp_path / dtype) == 0
+        assert train(config, tmp_path / dtype) == 0
         (record,) = read_metrics(tmp_path / dtype / "metrics.jsonl")
         if dtype == "bfloat16":
             vocab_size = load(tmp_path / dtype).tokenizer.vocab_size
-            flops = chips.flops_per_token(config.model, vocab_size)
+            flops = flops_per_token(config.model, vocab_size)
             assert record["mfu"] == pytest.approx(
                 record["tokens_per_second"] * flops / 1e9, rel=1e-3, abs=1e-4
             )
@@ -290,7 +301,7 @@ def test_the_best_checkpoint_outlives_worse_ones(tiny_config, text_file, tmp_pat
     config = tiny_config(
         model={"d_model": 64}, train={"steps": 120, "eval_every": 10}, optimizer={"learning_rate": 1e-2}
     )
-    assert trainer.train(config, tmp_path / "run") == 0
+    assert train(config, tmp_path / "run") == 0
     losses = {r["step"]: r["val_loss"] for r in metrics_of(tmp_path / "run") if "val_loss" in r}
     best = min(losses, key=losses.get)
     assert best < 100 and losses[120] > losses[best] + 0.1
@@ -301,8 +312,8 @@ def test_the_best_checkpoint_outlives_worse_ones(tiny_config, text_file, tmp_pat
 def test_how_often_it_looks_changes_no_bit(tiny_config, tmp_path):
     base = {"train": {"sample_length": 0}, "model": {"dropout": 0.2}}
     often = {"eval_every": 3, "log_every": 1, "save_minutes": 1e-6, "sample_length": 5}
-    assert trainer.train(tiny_config(**base), tmp_path / "seldom") == 0
-    assert trainer.train(tiny_config(**base | {"train": often}), tmp_path / "often") == 0
+    assert train(tiny_config(**base), tmp_path / "seldom") == 0
+    assert train(tiny_config(**base | {"train": often}), tmp_path / "often") == 0
     states = [saved_state(tiny_config(**base), tmp_path / name) for name in ("seldom", "often")]
     for key in ("params", "opt_state"):
         assert_same_bits(states[0][key], states[1][key])
@@ -329,38 +340,38 @@ def test_which_checkpoints_stay(tiny_config, tmp_path):
 def test_a_finished_run_says_so_and_trains_no_further(tiny_config, tmp_path, capsys):
     config = tiny_config(train={"steps": 4, "eval_every": 2})
     workdir = tmp_path / "run"
-    assert trainer.train(config, workdir) == 0
+    assert train(config, workdir) == 0
     before = (workdir / "metrics.jsonl").read_bytes()
-    assert trainer.train(config, workdir) == 0
+    assert train(config, workdir) == 0
     assert "this run is finished: 4 of 4 steps are done" in capsys.readouterr().out
     assert (workdir / "metrics.jsonl").read_bytes() == before
     longer = tiny_config(train={"steps": 6, "eval_every": 2})
-    assert trainer.train(longer, workdir) == 0
+    assert train(longer, workdir) == 0
     assert [record["step"] for record in metrics_of(workdir)] == [2, 4, 5, 6]
     assert load(workdir, "last").step == 6
 
 
 def test_another_recipe_or_text_is_refused(tiny_config, text_file, tmp_path):
     workdir = tmp_path / "run"
-    assert trainer.train(tiny_config(train={"steps": 2}), workdir) == 0
+    assert train(tiny_config(train={"steps": 2}), workdir) == 0
     files = files_of(workdir)
     with pytest.raises(UserError, match=r"with optimizer.b1 = 0.9, not 0.5: keep it"):
-        trainer.train(tiny_config(train={"steps": 2}, optimizer={"b1": 0.5}), workdir)
+        train(tiny_config(train={"steps": 2}, optimizer={"b1": 0.5}), workdir)
     text_file.write_text(text_file.read_text(encoding="utf-8") + "x", encoding="utf-8")
     with pytest.raises(UserError, match=r"another text than .*: fingerprint [0-9a-f]{12}, now [0-9a-f]{12};"):
-        trainer.train(tiny_config(train={"steps": 2}), workdir)
+        train(tiny_config(train={"steps": 2}), workdir)
     assert files_of(workdir) == files
 
 
 @pytest.mark.faults
 def test_a_validation_loss_that_is_no_number_is_not_saved(tiny_config, tmp_path, monkeypatch):
-    assert trainer.train(tiny_config(train={"steps": 10}), tmp_path / "run") == 0
-    monkeypatch.setattr(trainer, "make_loss_of_tokens", lambda *_: lambda *_: float("nan"))
+    assert train(tiny_config(train={"steps": 10}), tmp_path / "run") == 0
+    monkeypatch.setattr(training_run, "make_loss_of_tokens", lambda *_: lambda *_: float("nan"))
     message = (
         "step 20: the validation loss is nan; this state is not saved, the newest checkpoint, of step 10"
     )
     with pytest.raises(RunError, match=message):
-        trainer.train(tiny_config(), tmp_path / "run")
+        train(tiny_config(), tmp_path / "run")
     assert Checkpoints(checkpoint_folder(tmp_path / "run")).steps() == [10]
 
 

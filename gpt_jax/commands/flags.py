@@ -1,0 +1,37 @@
+"""The flag --config and its settings, for commands that take a config file."""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from gpt_jax.config import RENAMED, Config
+from gpt_jax.errors import UserError
+
+config_flags.DEFINE_config_file("config", help_string="A config file, such as configs/smoke.py.")
+
+
+def parse(argv: list[str]) -> tuple[Path, Config]:
+    """The config file and the settings of a command line; the other flags are then in `absl.flags.FLAGS`.
+
+    Raises:
+        UserError: an unknown flag or setting, a bad value, or no config file.
+    """
+    for argument in argv:
+        name = argument.removeprefix("--config.").partition("=")[0]
+        if argument.startswith("--config.") and name in RENAMED:
+            raise UserError(f"unknown setting {name}: it is now called {RENAMED[name]}")
+    try:
+        rest = flags.FLAGS(argv)[1:]
+        values = flags.FLAGS.config and flags.FLAGS.config.to_dict()
+    except Exception as error:  # absl, ml_collections and config files raise many types
+        what = "unknown setting " if isinstance(error, KeyError | AttributeError) else ""
+        text = str(error.args[0] if error.args else repr(error)).replace(r"\n", " ")
+        if "No such file" in text:
+            what = "no such config file: try --config configs/shakespeare_cpu.py; "
+        raise UserError(what + " ".join(text.replace("\\", "").replace("'", "").split())) from None
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}: flags begin with --")
+    if values is None:
+        raise UserError("--config is missing: try --config configs/shakespeare_cpu.py")
+    return Path(config_flags.get_config_filename(flags.FLAGS["config"])), Config.from_dict(values)

@@ -1,0 +1,65 @@
+"""Peak speed and memory of accelerators, by their makers' public figures, and the part that a step uses."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One device as JAX counts them.
+
+    Attributes:
+        name: as in a topology, "v5e".
+        kinds: JAX's `device_kind` of such a device is one of these.
+        memory: bytes.
+        flops: peak dense bfloat16 arithmetic, FLOP/s.
+        bandwidth: of its memory, bytes/s.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    memory: float
+    flops: float
+    bandwidth: float
+
+
+GIB = 2**30  # what these makers write as GB of memory
+# Sources: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e); NVIDIA's data sheets for the A100 (SXM, 40 and
+# 80 GB), H100 (SXM), H200 (SXM) and B200 (in a DGX). Other cards of these names (PCIe, NVL, MIG slices) have
+# other peaks and are left out.
+CHIPS = (
+    Chip("v4", ("TPU v4",), 32 * GIB, 275e12, 1228e9),
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 16 * GIB, 197e12, 819e9),
+    Chip("v5p", ("TPU v5", "TPU v5p"), 95 * GIB, 459e12, 2765e9),
+    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 32 * GIB, 918e12, 1640e9),
+    Chip("a100-40gb", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 40 * GIB, 312e12, 1555e9),
+    Chip("a100", ("NVIDIA A100-SXM4-80GB",), 80 * GIB, 312e12, 2039e9),
+    Chip("h100", ("NVIDIA H100 80GB HBM3",), 80 * GIB, 989e12, 3352e9),
+    Chip("h200", ("NVIDIA H200",), 141 * GIB, 989e12, 4800e9),
+    Chip("b200", ("NVIDIA B200",), 180 * GIB, 2250e12, 8000e9),
+)
+
+
+def find_chip(device_kind: str) -> Chip | None:
+    """The chip that JAX calls `device_kind`, None for one that is not in the table."""
+    return next((chip for chip in CHIPS if device_kind in chip.kinds), None)
+
+
+def utilization(tokens_per_second: float, flops: int, device_kind: str, n_devices: int) -> float | None:
+    """Model FLOPs utilization, MFU: the fraction of the peak bfloat16 arithmetic that training uses.
+
+    Args:
+        tokens_per_second: trained on, by all devices together.
+        flops: for each token, from `model/params.py`.
+        device_kind: what JAX calls the devices.
+        n_devices: how many there are.
+
+    Returns:
+        In [0, 1], or None for a chip that is not in the table.
+    """
+    chip = find_chip(device_kind)
+    return None if chip is None else tokens_per_second * flops / (n_devices * chip.flops)
+
+
+def least_seconds(chip: Chip, flops: float, n_bytes: float) -> tuple[float, float]:
+    """Lower bounds for the time of this arithmetic and of this memory traffic, in seconds."""
+    return flops / chip.flops, n_bytes / chip.bandwidth

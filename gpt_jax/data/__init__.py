@@ -1,0 +1,1 @@
+"""Text files, tokenizers, and batches of token ids."""

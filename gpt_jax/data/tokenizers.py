@@ -1,0 +1,137 @@
+"""Text to token ids and back.
+
+To add a tokenizer: write a class with the methods of `Tokenizer` and put it into `TOKENIZERS`.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from gpt_jax.errors import UserError
+
+
+class Tokenizer(Protocol):
+    """What the rest of the program needs of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V: ids lie in [0, V)."""
+
+    @property
+    def start_id(self) -> int:
+        """The token that stands in for an empty prompt."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of a text, int32 [T].
+
+        Raises:
+            UserError: the text has characters that no token stands for.
+        """
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of ids, integers [T]."""
+
+    def decoder(self) -> Callable[[np.ndarray], str]:
+        """A function that decodes a text piece by piece.
+
+        It takes the next ids, integers [n], and returns the characters that are now complete: a token can end
+        within a character.
+        """
+
+    def to_json(self) -> str:
+        """JSON that `tokenizer_from_json` reads: an object whose "type" is a key of `TOKENIZERS`."""
+
+
+@dataclass(frozen=True)
+class CharTokenizer:
+    """One token a character. `characters` is the sorted vocabulary; an id is an index into it."""
+
+    characters: str
+    type: ClassVar[str] = "char"
+
+    @classmethod
+    def from_text(cls, text: str) -> "CharTokenizer":
+        """The vocabulary of `text`: its distinct characters, sorted."""
+        return cls("".join(sorted(set(text))))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "CharTokenizer":
+        """The inverse of `to_json`, from what JSON holds."""
+        characters = values.get("characters")
+        if not isinstance(characters, str) or not characters or list(characters) != sorted(set(characters)):
+            raise UserError("tokenizer: its characters must be a text, sorted and without repetition")
+        if any("\ud800" <= character <= "\udfff" for character in characters):
+            raise UserError("tokenizer: it has surrogates, which are not characters")
+        return cls(characters)
+
+    def to_json(self) -> str:
+        """JSON with the type and the characters."""
+        return json.dumps({"type": self.type, "characters": self.characters})
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return len(self.characters)
+
+    @property
+    def start_id(self) -> int:
+        """A line feed, or the first character where the vocabulary has none."""
+        return max(self.characters.find("\n"), 0)
+
+    @cached_property
+    def _code_points(self) -> np.ndarray:
+        return _code_points(self.characters)
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of `text`, int32 [T].
+
+        Raises:
+            UserError: `text` has characters outside the vocabulary; they are listed.
+        """
+        code_points = _code_points(text)
+        ids = np.searchsorted(self._code_points, code_points)
+        ids = np.minimum(ids, self.vocab_size - 1)
+        unknown = np.unique(code_points[self._code_points[ids] != code_points])
+        if unknown.size:
+            listed = " ".join(repr(chr(code)) for code in unknown[:20])
+            more = f" and {unknown.size - 20} more" if unknown.size > 20 else ""
+            raise UserError(
+                f"unknown characters: {listed}{more}; the vocabulary has the {self.vocab_size} characters of "
+                f"the training text"
+            )
+        return ids.astype(np.int32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of `ids`, integers [T]."""
+        return "".join(self.characters[i] for i in np.asarray(ids).tolist())
+
+    def decoder(self) -> Callable[[np.ndarray], str]:
+        """`decode`: each token is a whole character."""
+        return self.decode
+
+
+TOKENIZERS = {CharTokenizer.type: CharTokenizer}
+
+
+def tokenizer_from_json(text: str) -> Tokenizer:
+    """The inverse of a tokenizer's `to_json`.
+
+    Raises:
+        UserError: `text` is not such JSON.
+    """
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"tokenizer: not JSON ({type(error).__name__})") from None
+    kind = values.get("type") if isinstance(values, dict) else None
+    if not isinstance(kind, str) or kind not in TOKENIZERS:
+        raise UserError(f"tokenizer: type {kind!r} is not known; known: {', '.join(TOKENIZERS)}")
+    return TOKENIZERS[kind].from_dict(values)
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")

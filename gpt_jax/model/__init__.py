@@ -1,0 +1,1 @@
+"""The transformer. Start with `transformer.py`."""

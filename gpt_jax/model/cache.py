@@ -1,0 +1,67 @@
+"""The KV cache: keys and values of the tokens that a model has read."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from gpt_jax.config import ModelConfig
+from gpt_jax.model.layers import compute_dtype
+
+
+class LayerCache(struct.PyTreeNode):
+    """The cache of one layer.
+
+    Attributes:
+        k_BxHxSxK, v_BxHxSxK: keys and values of up to S tokens.
+        conv_BxSxD: the newest S = W - 1 inputs of the convolution, zeros before the first token; None without
+            a convolution.
+    """
+
+    k_BxHxSxK: jax.Array
+    v_BxHxSxK: jax.Array
+    conv_BxSxD: jax.Array | None
+
+    def add_keys(self, k_BxHxTxK: jax.Array, v_BxHxTxK: jax.Array, position: jax.Array) -> "LayerCache":
+        """The cache with the keys and values of T tokens from `position` on."""
+        start = (0, 0, position, 0)
+        return self.replace(
+            k_BxHxSxK=jax.lax.dynamic_update_slice(self.k_BxHxSxK, k_BxHxTxK, start),
+            v_BxHxSxK=jax.lax.dynamic_update_slice(self.v_BxHxSxK, v_BxHxTxK, start),
+        )
+
+
+class Cache(struct.PyTreeNode):
+    """The cache of all layers.
+
+    Attributes:
+        layers: one for each layer.
+        length: int32 scalar, how many tokens it holds.
+        last_B: int32 [B], the newest token; V where there is none.
+    """
+
+    layers: tuple[LayerCache, ...]
+    length: jax.Array
+    last_B: jax.Array
+
+    def add(self, tokens_BxT: jax.Array, layers: tuple[Any, ...], n_tokens: jax.Array | None) -> "Cache":
+        """The cache after the first `n_tokens` of T tokens (None: all), with the layers' new caches."""
+        n = tokens_BxT.shape[1] if n_tokens is None else n_tokens
+        return Cache(layers, self.length + n, tokens_BxT[:, n - 1])
+
+
+def empty_cache(config: ModelConfig, vocab_size: int, batch_size: int) -> Cache:
+    """A cache with room for `config.context` tokens, which holds none."""
+    B, S, W = batch_size, config.context, config.conv_width
+    zeros = partial(jnp.zeros, dtype=compute_dtype(config))
+    layers = tuple(
+        LayerCache(
+            k_BxHxSxK=zeros((B, config.n_head, S, config.d_head)),
+            v_BxHxSxK=zeros((B, config.n_head, S, config.d_head)),
+            conv_BxSxD=zeros((B, W - 1, config.d_model)) if W else None,
+        )
+        for _ in range(config.n_layer)
+    )
+    return Cache(layers, length=jnp.int32(0), last_B=jnp.full(batch_size, vocab_size, jnp.int32))

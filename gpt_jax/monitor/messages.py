@@ -1,0 +1,126 @@
+"""What training prints, as text."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from gpt_jax.config import ModelConfig
+from gpt_jax.monitor.metrics import Record, best_record
+from gpt_jax.monitor.terminal import show_time
+
+LONG_ON_A_CPU = 30 * 60  # seconds; for longer runs a message names the small recipe
+
+
+def describe_run(
+    device: str, model: ModelConfig, n_params: int, text: str, sizes: tuple[int, int, int], workdir: str
+) -> str:
+    """The first lines: the device, the model, the data, and the run's folder.
+
+    Args:
+        device: of the computation, in words.
+        model: the settings of the model.
+        n_params: its parameters.
+        text: the name of the text file.
+        sizes: tokens in the training split and in the validation split, and V.
+        workdir: the run's folder.
+    """
+    n_train, n_val, vocab_size = sizes
+    return "\n".join(
+        [
+            f"device  {device}",
+            f"model   {n_params:,} parameters: {model.n_layer} layers, {model.n_head} heads, "
+            f"width {model.d_model}, context {model.context}",
+            f"data    {text}: {n_train:,} tokens train, {n_val:,} validate, vocabulary of {vocab_size}",
+            f"run     {workdir}/: config.json run.json metrics.jsonl loss.png samples.txt checkpoints/",
+        ]
+    )
+
+
+def describe_time(seconds_left: float, on_cpu: bool) -> str:
+    """How long training will take, and a smaller recipe where that is long."""
+    text = f"time    about {show_time(seconds_left)} of training here, plus evaluation"
+    if on_cpu and seconds_left > LONG_ON_A_CPU:
+        text += "; configs/shakespeare_cpu.py takes minutes on a CPU"
+    return text
+
+
+def describe_evaluation(record: Record) -> str:
+    """One line of losses. The training loss is the mean over the newest batches, with dropout."""
+    train_loss, val_loss = record["train_loss"], record["val_loss"]
+    return (
+        f"step {record['step']:,}: training batches {train_loss:.4f}, whole validation split {val_loss:.4f} "
+        f"({record['val_bpc']:.3f} bits per character), gap {val_loss - train_loss:+.4f}, "
+        f"{show_time(record['seconds'])}"
+    )
+
+
+def describe_spike(step: int, loss: float, recent: Sequence[float], grad_norm: float) -> str:
+    """For a loss far above those before it."""
+    return (
+        f"step {step:,}: loss {loss:.4f} is far above the mean {float(np.mean(recent)):.4f} of the "
+        f"{len(recent)} before it; gradient norm {grad_norm:.3g}"
+    )
+
+
+def describe_skip(step: int, grad_norm: float, factor: float) -> str:
+    """For an update that `optimizer.skip_grad_norm_factor` skipped."""
+    return f"step {step:,}: update skipped: gradient norm {grad_norm:.3g}, above {factor:g} times the median"
+
+
+def describe_not_finite(
+    step: int, loss: float, grad_norm: float, grad_norms: Mapping[str, float], finite: Mapping[str, bool]
+) -> str:
+    """For a step whose loss, gradient or update would be NaN or infinite.
+
+    Args:
+        step: its number.
+        loss, grad_norm: of the step.
+        grad_norms: the gradient norm of each array, by its name.
+        finite: whether the update of each array is finite.
+    """
+    bad = [f"{name} {norm}" for name, norm in grad_norms.items() if not np.isfinite(norm)]
+    what = f"the gradient norm is {grad_norm:.4g}"
+    if bad:
+        what = f"the gradient norm is not finite for {', '.join(bad)}"
+    elif np.isfinite(loss) and np.isfinite(grad_norm):
+        names = ", ".join(name for name, is_finite in finite.items() if not is_finite)
+        what += f", and the update would make {names} not finite"
+    return (
+        f"step {step:,}: the loss is {loss:.4g}, and {what}. The state before it, after step {step - 1:,}, "
+        f"is saved. The same command would fail again: start another run with a lower learning rate, or a "
+        f"smaller optimizer.clip_norm"
+    )
+
+
+def describe_bad_evaluation(step: int, val_loss: float, saved_step: int) -> str:
+    """For a validation loss that is NaN or infinite."""
+    return (
+        f"step {step:,}: the validation loss is {val_loss}; this state is not saved, the newest checkpoint, "
+        f"of step {saved_step:,}, is kept. Start another run with a lower learning rate"
+    )
+
+
+def describe_end(records: list[Record], seconds: float, sample_command: str) -> str:
+    """The last line of a finished run, from its metrics and the seconds since its process started."""
+    validated = [record for record in records if "val_loss" in record]
+    last, best = validated[-1], best_record(validated)
+    return (
+        f"done in {show_time(seconds)}: validation loss {last['val_loss']:.4f}, best "
+        f"{best['val_loss']:.4f} at step {best['step']:,}. To sample: {sample_command}"
+    )
+
+
+def describe_stop(signal_name: str, step: int, steps: int, sample_command: str) -> str:
+    """The last line of a run that a signal stopped."""
+    return (
+        f"stopped by {signal_name}; saved after step {step:,} of {steps:,}. The same command resumes it. "
+        f"To sample: {sample_command}"
+    )
+
+
+def describe_finished(step: int, steps: int, sample_command: str) -> str:
+    """For a run that has nothing left to do."""
+    return (
+        f"this run is finished: {step:,} of {steps:,} steps are done. To train longer, raise "
+        f"--config.train.steps. To sample: {sample_command}"
+    )

@@ -1,0 +1,127 @@
+"""The files that the numbers and samples of a run go to: metrics.jsonl, samples.txt, TensorBoard events."""
+
+import contextlib
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt_jax.errors import UserError
+from gpt_jax.files import write_durably
+
+Record = dict[str, float]
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, with ascending steps."""
+
+    def __init__(self, path: Path, first_step: int):
+        """Open to append after `first_step`; lines of later steps, which will be done again, are removed."""
+        self.path = path
+        kept = [record for record in read_metrics(path) if record["step"] <= first_step]
+        write_durably(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        """Append a record that has a "step"."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Flush to the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The records of a `metrics.jsonl`, without lines that are incomplete or damaged."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if _is_record(record):
+                records.append(record)
+    return records
+
+
+def _is_record(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() >= {"step", "seconds", "train_loss"}
+        and all(type(number) in (int, float) for number in value.values())
+    )
+
+
+class SamplesFile:
+    """`samples.txt`: the text that the model wrote at each evaluation, below a line with its losses."""
+
+    def __init__(self, path: Path, first_step: int):
+        """Open to append after `first_step`; samples of later steps are removed."""
+        self.path = path
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        kept = [
+            sample
+            for sample in re.split(r"^(?=--- step [\d,]+: )", text, flags=re.MULTILINE)
+            if (heading := re.match(r"--- step ([\d,]+)", sample))
+            and int(heading[1].replace(",", "")) <= first_step
+        ]
+        write_durably(path, "".join(kept))
+
+    def write(self, losses: str, sample: str) -> None:
+        """Append a sample; `losses` is a line that begins with "step 1,000: "."""
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            file.write(f"--- {losses}\n{sample}\n\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def is_spike(loss: float, recent: Sequence[float]) -> bool:
+    """Whether a loss is half a nat, and six standard deviations, above the mean of those before it."""
+    return len(recent) >= 5 and loss > float(np.mean(recent)) + max(0.5, 6 * float(np.std(recent)))
+
+
+def best_record(validated: list[Record]) -> Record:
+    """Of records with a "val_loss" the one with the lowest; NaN counts as the highest."""
+    return min(validated, key=lambda r: r["val_loss"] if math.isfinite(r["val_loss"]) else math.inf)
+
+
+class TensorBoard:
+    """The same numbers as TensorBoard events."""
+
+    def __init__(self, folder: Path):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "train.tensorboard = True needs a package that is missing: pip install -e '.[tensorboard]'"
+            ) from None
+        # The folder is made with the first number, not before the settings are checked.
+        self._make_writer = lambda: SummaryWriter(str(folder))
+        self._writer: Any = None
+
+    def write(self, record: Record) -> None:
+        """Write every number of a record at its step."""
+        self._writer = self._writer or self._make_writer()
+        for name, value in record.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, int(record["step"]))
+
+    def sync(self) -> None:
+        """Flush to the operating system."""
+        if self._writer:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self._writer:
+            self._writer.close()

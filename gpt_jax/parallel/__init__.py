@@ -1,0 +1,1 @@
+"""Devices, and how arrays are split over them."""

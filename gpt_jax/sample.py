@@ -1,0 +1,9 @@
+"""`python -m gpt_jax.sample`, the same as sample.py: see `commands/sample.py`."""
+
+import sys
+
+from gpt_jax.commands.run_main import run_main
+from gpt_jax.commands.sample import main
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

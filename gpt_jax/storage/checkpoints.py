@@ -1,0 +1,364 @@
+"""Checkpoints, saved by Orbax, with checksums. Knows no model, only named trees of arrays.
+
+Orbax stores the arrays, in the background, and moves them between machines. This module adds what makes a
+checkpoint safe: a checksum of every file, a rename to the final name only after everything is on the disk,
+and deletion of older checkpoints only after that.
+"""
+
+import gc
+import json
+import logging
+import math
+import shutil
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+
+from gpt_jax.errors import RunError, UserError
+from gpt_jax.files import sync
+from gpt_jax.storage.format import FormatError
+from gpt_jax.storage.integrity import DamagedError, seal, verify
+from gpt_jax.storage.metadata import Metadata
+
+METADATA = "metadata.json"
+METADATA_BYTES = 2**26  # a larger file is not read
+T = TypeVar("T")
+UNFINISHED, DELETED, DAMAGED = ".unfinished", ".deleted", ".damaged"
+
+
+class Checkpoints:
+    """The checkpoints of one run: the last two, and the best by validation loss.
+
+    A checkpoint is a folder named by its step, which holds a folder of arrays for each tree, `metadata.json`
+    and checksums. It is written as `<step>.unfinished` in the background, and renamed when all of it is on
+    the disk. Only one process may save; others may read meanwhile.
+    """
+
+    def __init__(self, folder: Path):
+        """Checkpoints in `folder`, which need not exist before the first save."""
+        self.folder = folder.absolute()  # Orbax wants absolute paths
+        with _quiet_orbax():
+            self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._background = ThreadPoolExecutor(1)
+        self._saving: Future[None] | None = None
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, in ascending order."""
+        if not self.folder.is_dir():
+            return []
+        # A folder gets such a name only when it is complete; `verify` checks that it still is.
+        return sorted(int(entry.name) for entry in self.folder.iterdir() if _is_step(entry.name))
+
+    def best_first(self) -> list[int]:
+        """The steps that have a checkpoint, from the lowest validation loss to the highest.
+
+        Those without a loss, or whose loss is NaN, come last, the newest of them first.
+        """
+        return sorted(self.steps(), key=lambda step: (self._val_loss(step), -step))
+
+    def save(self, step: int, items: dict[str, Any], metadata: dict[str, Any]) -> None:
+        """Start to save; returns when the arrays may change again. A step that is saved is not saved again.
+
+        Args:
+            step: updates done.
+            items: trees of arrays by name.
+            metadata: anything that JSON can hold; its "val_loss" decides which checkpoint is the best; None
+                excludes this one.
+
+        Raises:
+            RunError: this save cannot start, or the one before it has failed.
+        """
+        self.wait()
+        if step in self.steps():
+            return
+        arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        unfinished = self.folder / f"{step}{UNFINISHED}"
+        with ExitStack() as quiet:
+            quiet.enter_context(_quiet_orbax())
+            with self._failure_named(step):
+                self._make_folder()
+                self._orbax.save(unfinished, args=ocp.args.Composite(**arrays))
+            until_saved = quiet.pop_all()
+        self._saving = self._background.submit(
+            self._finish, step, unfinished, json.dumps(metadata), until_saved
+        )
+
+    def wait(self) -> None:
+        """Wait until everything is on disk.
+
+        Raises:
+            RunError: the save under way has failed.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def close(self) -> None:
+        """Wait for the save in progress, and release resources."""
+        try:
+            self.wait()
+        finally:
+            self._background.shutdown()
+            with _quiet_orbax(), suppress(Exception):  # the same failure again, which `wait` has raised
+                self._orbax.close()
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """What `save` was given as metadata.
+
+        Raises:
+            DamagedError: it is gone or cannot be read.
+        """
+        path = self.folder / str(step) / METADATA
+        try:
+            # Reading a pipe would wait forever, and a device may never end.
+            if not stat.S_ISREG(path.lstat().st_mode) or path.stat().st_size > METADATA_BYTES:
+                raise DamagedError(f"{path} is not a file, or too large")
+            metadata = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise DamagedError(f"{path}: {_one_line(error)}") from None
+        if not isinstance(metadata, dict):
+            raise DamagedError(f"{path} is not the JSON of a checkpoint")
+        return metadata
+
+    def verify(self, step: int) -> None:
+        """Check every byte of a checkpoint.
+
+        Raises:
+            DamagedError: a file is missing, changed or unexpected; it is named.
+        """
+        folder = self.folder / str(step)
+        try:
+            if folder.is_symlink():
+                raise DamagedError("a link, not a folder")
+            verify(folder)
+        except DamagedError as error:
+            raise DamagedError(f"checkpoint {folder} is damaged: {error}") from None
+
+    def first_good(self, steps: Callable[[], list[int]], read: Callable[[int], T]) -> tuple[T, list[int]]:
+        """Read the first checkpoint that is not damaged; warn about the damaged ones before it.
+
+        Args:
+            steps: the steps in order of preference; called again after each failure, since a training process
+                may delete an old checkpoint at any time.
+            read: reads a verified checkpoint; a `DamagedError` from it counts as damage too.
+
+        Returns:
+            What `read` returned, and the steps that are damaged.
+
+        Raises:
+            RunError: all are damaged, or there is none.
+        """
+        damaged: dict[int, DamagedError] = {}
+        gone: set[int] = set()
+        while untried := [step for step in steps() if step not in damaged.keys() | gone]:
+            step = untried[0]
+            try:
+                self.verify(step)
+                return read(step), list(damaged)
+            except DamagedError as error:
+                if step not in self.steps():
+                    gone.add(step)
+                    continue
+                damaged[step] = error
+                print(f"WARNING: {error}. Trying an older one.", file=sys.stderr, flush=True)
+        if not damaged:
+            raise RunError(f"no checkpoint in {self.folder}: train a model first")
+        raise RunError(
+            f"all checkpoints in {self.folder} are damaged ({', '.join(map(str, damaged))}); nothing was "
+            f"changed there. Restore a copy, or start another run with another --workdir"
+        )
+
+    def restore(self, step: int, targets: dict[str, Any]) -> dict[str, Any]:
+        """Read items back.
+
+        Args:
+            step: which checkpoint.
+            targets: for each item a tree of `jax.ShapeDtypeStruct`; arrays come back in its shapes,
+                types and shardings, whatever shardings they were saved with.
+
+        Raises:
+            DamagedError: it cannot be read.
+            UserError: an array has another shape than its target.
+        """
+        folder = self.folder / str(step)
+        for name, target in targets.items():
+            self._check_shapes(folder, name, target)
+        arrays = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
+        restored = _read(folder, lambda: self._orbax.restore(folder, args=ocp.args.Composite(**arrays)))
+        return {name: restored[name] for name in targets}
+
+    def disk_size(self, step: int, item: str) -> int:
+        """Bytes that an item takes.
+
+        Raises:
+            DamagedError: it is gone.
+        """
+        folder = self.folder / str(step) / item
+        try:
+            return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        except OSError as error:
+            raise DamagedError(f"{folder}: {_one_line(error)}") from None
+
+    def prepare(self) -> None:
+        """Make the folder, check that it can be written, remove what a kill left. Only for saving.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self._make_folder()
+        for entry in self.folder.iterdir():
+            if UNFINISHED in entry.name or entry.name.endswith(DELETED):
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        probe = self.folder / f"probe{UNFINISHED}"
+        probe.touch()
+        probe.unlink()
+
+    def set_aside(self, step: int) -> Path:
+        """Rename a damaged checkpoint, to keep it but not use it; returns its new path."""
+        number = 1
+        while (aside := self.folder / f"{step}{DAMAGED}{number}").exists():
+            number += 1
+        (self.folder / str(step)).rename(aside)
+        sync(self.folder)
+        return aside
+
+    def _make_folder(self) -> None:
+        if not self.folder.exists():
+            self.folder.mkdir(parents=True)
+            sync(self.folder.parent)
+
+    def _finish(self, step: int, unfinished: Path, metadata: str, quiet: ExitStack) -> None:
+        with quiet, self._failure_named(step):
+            self._orbax.wait_until_finished()
+            (unfinished / METADATA).write_text(metadata, encoding="utf-8")
+            seal(unfinished)
+            unfinished.rename(self.folder / str(step))
+            sync(self.folder)
+        self._delete_old()
+
+    def _delete_old(self) -> None:
+        keep = {*self.steps()[-2:], self.best_first()[0]}
+        for step in self.steps():
+            if step not in keep and self._is_readable(step):  # it might be the best
+                # Deleting takes many operations. Under this name a kill between them leaves no half
+                # checkpoint. What cannot be deleted now is deleted at the next start.
+                doomed = self.folder / f"{step}{DELETED}"
+                with suppress(OSError):
+                    (self.folder / str(step)).rename(doomed)
+                    shutil.rmtree(doomed)
+
+    def _is_readable(self, step: int) -> bool:
+        try:
+            self.metadata(step)
+        except DamagedError:
+            return False
+        return True
+
+    def _val_loss(self, step: int) -> float:
+        """The loss that decides which checkpoint is best."""
+        try:
+            val_loss = self.metadata(step).get("val_loss")
+        except DamagedError:
+            return math.inf
+        return val_loss if type(val_loss) is float and math.isfinite(val_loss) else math.inf
+
+    def _check_shapes(self, folder: Path, name: str, target: Any) -> None:
+        saved = _read(folder, lambda: ocp.StandardCheckpointHandler().metadata(folder / name).tree)
+        shapes, wanted = _shapes(saved), _shapes(target)
+        for leaf in [*wanted, *(shapes.keys() - wanted.keys())]:
+            if shapes.get(leaf) != wanted.get(leaf):
+                raise UserError(
+                    f"checkpoint {folder} does not fit the model: {name}.{leaf} has shape "
+                    f"{shapes.get(leaf, 'none')} there, {wanted.get(leaf, 'none')} in the model"
+                )
+
+    @contextmanager
+    def _failure_named(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever it is, the run must not continue as if it were saved
+            for leftover in self.folder.glob(f"{step}{UNFINISHED}*"):
+                shutil.rmtree(leftover, ignore_errors=True)  # a full disk needs the room
+            kept = [other for other in self.steps() if other != step][-1:]
+            raise RunError(
+                f"the checkpoint of step {step:,} could not be saved in {self.folder}: {_one_line(error)}; "
+                + (f"the one of step {kept[0]:,} is kept" if kept else "there is no other yet")
+            ) from error
+
+
+def read_metadata(checkpoints: Checkpoints, step: int) -> Metadata:
+    """The metadata of the checkpoint of `step`.
+
+    Raises:
+        DamagedError: it is inconsistent.
+        FormatError: it is of another version, which this one cannot read.
+    """
+    where = f"checkpoint {checkpoints.folder / str(step)}: {METADATA}"
+    try:
+        metadata = Metadata.from_dict(checkpoints.metadata(step))
+    except DamagedError:
+        raise
+    except FormatError as error:
+        raise FormatError(f"{where}: {error}") from None
+    except UserError as error:
+        raise DamagedError(f"{where}: {error}") from None
+    if metadata.step != step:  # somebody renamed the folder
+        raise DamagedError(f"{where}: it belongs to step {metadata.step}")
+    return metadata
+
+
+def _read(folder: Path, function: Callable[[], T]) -> T:
+    """Let Orbax read something; any exception from it is damage of the checkpoint in `folder`."""
+    with _quiet_orbax():
+        try:
+            return function()
+        except Exception as error:  # Orbax and its storage raise many types
+            problem = _one_line(error)
+        # When one part of a read fails, Orbax abandons the others. Python warns when it deletes these.
+        former, sys.unraisablehook = sys.unraisablehook, lambda _: None
+        gc.collect()
+        sys.unraisablehook = former
+    raise DamagedError(f"checkpoint {folder} cannot be read: {problem}")
+
+
+@contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Hide what Orbax logs about errors that it also raises."""
+
+    def hide(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.WARNING
+
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for logger in loggers:
+        logger.addFilter(hide)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(hide)
+
+
+def _is_step(name: str) -> bool:
+    return name.isascii() and name.isdecimal() and name == str(int(name[:18]))
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """`{"a.b": shape}` of a tree's leaves, whatever kinds of nodes it has."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if len(text) > 400:  # such messages name the file at their beginning and the reason at their end
+        text = f"{text[:200]} ... {text[-200:]}"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

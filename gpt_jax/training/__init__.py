@@ -1,0 +1,1 @@
+"""The optimizer, the training step, the loop, and resuming."""

@@ -1,0 +1,137 @@
+"""The learning-rate schedule and the optimizer, composed from optax's parts."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+from gpt_jax.config import OptimizerConfig
+from gpt_jax.model.layers import Params, is_matrix
+
+# Which axes of a kernel are its inputs and which its outputs. Along the other axes (layers; q, k and v) lie
+# separate matrices.
+_MUON_AXES = {
+    "qkv": MuonDimensionNumbers(reduction_axis=1, output_axis=(3, 4)),  # [L, D, 3, H, K]
+    "out": MuonDimensionNumbers(reduction_axis=(1, 2), output_axis=3),  # [L, H, K, D]
+    "up": MuonDimensionNumbers(reduction_axis=1, output_axis=3),  # [L, D, G, F]
+    "down": MuonDimensionNumbers(reduction_axis=1, output_axis=2),  # [L, F, D]
+}
+
+MEDIAN_OF = 64  # the number of gradient norms that a new one is compared with
+LEAST_NORMS = 16  # with fewer, nothing is skipped
+
+
+def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
+    """The learning rate as a function of the number of updates done, for a run of `steps` updates."""
+    warmup = config.warmup_steps
+    after = max(steps - warmup, 1)
+    match config.schedule:
+        case "cosine":
+            decay = optax.cosine_decay_schedule(peak, after, config.min_lr_ratio)
+        case "linear":
+            decay = optax.linear_schedule(peak, peak * config.min_lr_ratio, after)
+        case "constant":
+            decay = optax.constant_schedule(peak)
+    # Update i of the warm-up has (i + 1) / (warmup + 1) of the peak, so that the first one is not 0.
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([rise, decay], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW; or Muon for the matrices of the blocks and AdamW for the rest.
+
+    Sources: AdamW (Loshchilov and Hutter 2019); Muon (Jordan et al. 2024), as in `optax.contrib`.
+
+    Args:
+        config: the settings.
+        steps: of the whole run.
+    """
+    schedule = make_schedule(config, steps, config.learning_rate)
+    match config.name:
+        case "adamw":
+            optimizer = optax.adamw(
+                schedule,
+                b1=config.b1,
+                b2=config.b2,
+                eps=config.eps,
+                weight_decay=config.weight_decay,
+                mask=is_matrix,
+            )
+        case "muon":
+            muon = optax.contrib.muon(
+                make_schedule(config, steps, config.muon_learning_rate),
+                beta=config.muon_momentum,
+                eps=config.eps,
+                weight_decay=config.weight_decay,
+                muon_weight_dimension_numbers=_muon_axes,
+            )
+            # Not the Adam within optax's Muon: that one would decay norms as well.
+            adam = optax.adamw(
+                schedule,
+                b1=config.b1,
+                b2=config.b2,
+                eps=config.eps,
+                weight_decay=config.embedding_decay,
+                mask=is_matrix,
+                nesterov=True,  # as Muon's own momentum
+            )
+            optimizer = optax.partition({"muon": muon, "adam": adam}, _muon_or_adam)
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    optimizer = optax.chain(clip, optimizer)
+    return skip_spikes(optimizer, config.skip_grad_norm_factor) if config.skip_grad_norm_factor else optimizer
+
+
+class SkipSpikesState(NamedTuple):
+    """State of `skip_spikes`: the newest gradient norms [M], how many were seen, how many were skipped."""
+
+    norms: jax.Array
+    seen: jax.Array
+    skipped: jax.Array
+    inner_state: Any
+
+
+def skip_spikes(inner: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
+    """Skip an update, and keep the optimizer's state, when the norm of the gradient is a spike.
+
+    A spike is a norm above `factor` times the median of the newest `MEDIAN_OF` norms. Spikes are among these
+    norms, so a lasting rise is not skipped forever.
+    """
+
+    def init(params: Params) -> SkipSpikesState:
+        return SkipSpikesState(jnp.zeros(MEDIAN_OF), jnp.int32(0), jnp.int32(0), inner.init(params))
+
+    def update(
+        gradient: Params, state: SkipSpikesState, params: Params | None = None
+    ) -> tuple[Params, SkipSpikesState]:
+        norms_M, seen, skipped, inner_state = state
+        norm = optax.tree.norm(gradient)
+        median = jnp.nanmedian(jnp.where(jnp.arange(MEDIAN_OF) < seen, norms_M, jnp.nan))
+        spike = (seen >= LEAST_NORMS) & (norm > factor * median)
+        updates, new_state = inner.update(gradient, inner_state, params)
+        updates = jax.tree.map(lambda u: jnp.where(spike, jnp.zeros_like(u), u), updates)
+        new_state = jax.tree.map(lambda old, new: jnp.where(spike, old, new), inner_state, new_state)
+        norms_M = norms_M.at[seen % MEDIAN_OF].set(norm)
+        return updates, SkipSpikesState(norms_M, seen + 1, skipped + spike, new_state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def count_skipped(opt_state: Any) -> jax.Array:
+    """How many updates `skip_spikes` has skipped so far; 0 if it is not used."""
+    return opt_state.skipped if isinstance(opt_state, SkipSpikesState) else jnp.int32(0)
+
+
+def _muon_or_adam(params: Params) -> Params:
+    """Which optimizer updates which array: Muon the kernels of the blocks, Adam the rest."""
+
+    def label(path: tuple[Any, ...], _: jax.Array) -> str:
+        return "muon" if path[0].key == "blocks" and path[-1].key == "kernel" else "adam"
+
+    return jax.tree.map_with_path(label, params)
+
+
+def _muon_axes(params: Params) -> Params:
+    """The axes of the kernels that `_muon_or_adam` gives to Muon."""
+    return jax.tree.map_with_path(lambda path, _: _MUON_AXES[path[-2].key], params)

@@ -1,0 +1,86 @@
+"""The state of training: parameters, optimizer state, moving average, and the step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+from jax.sharding import Mesh
+
+from gpt_jax.model.layers import Params
+from gpt_jax.model.params import abstract_params, init_params, with_sharding
+from gpt_jax.model.transformer import GPT
+from gpt_jax.parallel.mesh import replicated
+
+
+class TrainState(struct.PyTreeNode):
+    """All that changes from step to step. Together with the seed it determines the rest of the run.
+
+    Attributes:
+        step: int32 scalar, updates done.
+        params: float32.
+        opt_state: optax's.
+        ema_params: moving average of `params`; None without one.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    ema_params: Params | None
+
+    @property
+    def eval_params(self) -> Params:
+        """The parameters to evaluate and to sample with: the average where there is one."""
+        return self.params if self.ema_params is None else self.ema_params
+
+
+def abstract_state(
+    model: GPT, optimizer: optax.GradientTransformation, keep_ema: bool, mesh: Mesh
+) -> TrainState:
+    """Shapes, types and shardings of the state, without its values: the target of a restore."""
+    params = abstract_params(model, mesh)
+    # Moments are split like their parameters; counters are replicated.
+    opt_state = optax.tree.map_params(
+        optimizer,
+        _with_sharding,
+        jax.eval_shape(optimizer.init, params),
+        jax.tree.map(lambda leaf: leaf.sharding, params),
+        transform_non_params=lambda leaf: _with_sharding(leaf, replicated(mesh)),
+        is_leaf=_is_masked,
+    )
+    return TrainState(
+        step=_with_sharding(jax.ShapeDtypeStruct((), jnp.int32), replicated(mesh)),
+        params=params,
+        opt_state=opt_state,
+        ema_params=params if keep_ema else None,
+    )
+
+
+def init_state(
+    model: GPT, optimizer: optax.GradientTransformation, keep_ema: bool, mesh: Mesh, key: jax.Array
+) -> TrainState:
+    """The initial state, computed under jit so that each device only holds its part."""
+    target = abstract_state(model, optimizer, keep_ema, mesh)
+
+    def make(key: jax.Array) -> TrainState:
+        params = nn.unbox(init_params(model, key))
+        return TrainState(
+            step=jnp.int32(0),
+            params=params,
+            opt_state=optimizer.init(params),
+            ema_params=jax.tree.map(jnp.copy, params) if keep_ema else None,
+        )
+
+    return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, target))(key)
+
+
+def _is_masked(leaf: Any) -> bool:
+    return isinstance(
+        leaf, optax.MaskedNode
+    )  # in place of parameters that this part of an optimizer does not update
+
+
+def _with_sharding(leaf: Any, sharding: Any) -> Any:
+    return leaf if _is_masked(leaf) else with_sharding(leaf, sharding)
