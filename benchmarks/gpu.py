@@ -158,7 +158,7 @@ def train(
 
 
 def describe(workdir: Path, result: Result) -> None:
-    """What came of a run, finished or not: its losses, when they were reached, and how fast it was.
+    """The results of a run, complete or not: its losses, when they were reached, and how fast it was.
 
     Of each evaluation, `train_seconds` are those of the steps alone, `wall_seconds` count from the first step
     on, evaluating and saving included, and `process_seconds` from the start of the process, compilation
@@ -302,7 +302,7 @@ def summary(bench: Bench) -> int:
     results = {}
     for name in STEPS:
         file = bench.out / f"{name}.json"
-        missing = {"ok": False, "error": "left no result: killed, or never begun"}
+        missing = {"ok": False, "error": "left no result: killed, or not started"}
         results[name] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else missing
     failed = [name for name, result in results.items() if not result["ok"]]
     _write(bench.out / "summary.json", {"ok": not failed, "dry": bench.dry, "failed": failed, **results})
@@ -315,7 +315,7 @@ def _write(file: Path, result: Result) -> None:
 
 
 def _over(number: int, frame: Any) -> NoReturn:
-    raise TimeoutError("its time is over")
+    raise TimeoutError("timed out")
 
 
 def main() -> int:

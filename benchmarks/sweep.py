@@ -7,7 +7,7 @@
 --grid (each adds a dimension) and --variant (each adds a point, a list of settings) multiply; `key=value`
 at the end holds for all (behind a flag other than --seeds). Writes one JSON line a run, and leaves out the
 runs that the file already has, so the same command goes on after a stop; when the config itself has changed,
-begin another file. A run that comes to a NaN has the loss null from there on. --together 8 trains up to 8
+use a new file. From a NaN on, a run's loss is null. --together 8 trains up to 8
 runs that differ only in seed, learning rates and weight decay at once (`jax.vmap` over runs), as a small
 model uses little of a GPU. At the end, and with --show alone, prints a table: mean and spread over the seeds.
 """
@@ -34,7 +34,7 @@ from flax import linen as nn
 
 from gpt_jax.commands.paths import text_file
 from gpt_jax.commands.run_main import run_main
-from gpt_jax.config import Config, flatten
+from gpt_jax.config import Config, flatten, unknown_setting
 from gpt_jax.data.corpus import Corpus, load_corpus
 from gpt_jax.errors import UserError
 from gpt_jax.model.loss import make_loss_of_tokens
@@ -61,7 +61,7 @@ def parse_settings(text: str) -> Settings:
     for part in text.split():
         key, equals, value = part.partition("=")
         if not equals:
-            raise UserError(f"{part!r} is no setting: write key=value")
+            raise UserError(f"{part!r} is not a setting: write key=value")
         settings[key] = _value(value)
     return settings
 
@@ -90,13 +90,16 @@ def with_settings(base: Config, settings: Settings, seed: int) -> Config:
     for key, value in settings.items():
         group, _, name = key.rpartition(".")
         if group not in values or name not in values[group]:
-            raise UserError(f"unknown setting {key}")
+            raise unknown_setting(f"{group}." if group else "", name, values.get(group, values))
         values[group][name] = value
     return Config.from_dict(values)
 
 
 def with_arrays(config: Config, arrays: dict[str, jax.Array]) -> optax.GradientTransformation:
-    """The optimizer of a config, with arrays in place of some of its numbers."""
+    """The optimizer of a config, with arrays in place of some of its numbers.
+
+    The optimizer only reads attributes. A `Config` could not hold arrays, as it checks its values.
+    """
     settings: Any = SimpleNamespace(**vars(config.optimizer) | arrays)
     return make_optimizer(settings, config.train.steps)
 
@@ -214,7 +217,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             if not {"config", "settings", "seed", "val_loss"} <= run.keys():
                 raise ValueError(line)
         except (ValueError, AttributeError):
-            raise UserError(f"out = {path}: line {number} is no run: delete it") from None
+            raise UserError(f"out = {path}: line {number} is not a run: delete it") from None
         lines.append(run)
     return lines
 

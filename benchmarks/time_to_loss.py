@@ -43,7 +43,7 @@ EvaluationsAfter = Callable[[str], list[Evaluation]]
 
 @dataclass(frozen=True)
 class TimedRun:
-    """What came of one process."""
+    """The result of one process."""
 
     who: str
     command: str

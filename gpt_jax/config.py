@@ -16,14 +16,8 @@ import ml_collections
 
 from gpt_jax.errors import UserError
 
-LARGEST = 2**32  # no integer setting makes sense above this
-MOST_UNROLLED = 64  # largest number of copies that a loop in the model's code may compile to
-
-
-class UnknownSettingError(UserError):
-    """A setting, or a choice for one, that does not exist."""
-
-
+MAX_INT = 2**32  # no integer setting makes sense above this
+MAX_UNROLLED = 64  # largest number of copies that a loop in the model's code may compile to
 Dtype = Literal["float32", "bfloat16"]  # of the activations
 
 # Old names of settings. Using one is an error that names the new one; stored runs are migrated when read.
@@ -33,6 +27,10 @@ RENAMED = {
     "optimizer.skip_above": "optimizer.skip_grad_norm_factor",
     "train.accumulate": "train.grad_accum_steps",
 }
+
+
+class UnknownSettingError(UserError):
+    """A setting, or a choice for one, that does not exist."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class ModelConfig:
             self, "model", "n_layer", "n_head", "d_model", "context", "rope_base", "init_std", "query_blocks"
         )
         _not_negative(self, "model", "d_mlp", "conv_width")
-        _at_most(MOST_UNROLLED, self, "model", "conv_width", "query_blocks")
+        _at_most(MAX_UNROLLED, self, "model", "conv_width", "query_blocks")
         _fraction(self, "model", "dropout", "attention_dropout")
         if self.d_model % self.n_head:
             raise UserError(
@@ -273,7 +271,7 @@ def unknown_setting(prefix: str, key: str, known: Iterable[str]) -> UnknownSetti
 
 def _build(cls: type, values: Any, prefix: str) -> Any:
     if not isinstance(values, dict):
-        raise UserError(f"{prefix[:-1]} = {values!r} must be a group of settings")
+        raise UserError(f"{prefix[:-1] or 'config'} = {values!r} must be a group of settings")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     arguments = {}
     for key, value in values.items():
@@ -294,8 +292,8 @@ def _checked(value: Any, wanted: Any, name: str) -> Any:
             choices = ", ".join(map(repr, get_args(wanted)))
             raise UnknownSettingError(f"{name} = {value!r} must be one of {choices}")
         return value
-    if type(value) is int and abs(value) > LARGEST:
-        raise UserError(f"{name} must lie within {LARGEST:,} of 0")
+    if type(value) is int and abs(value) > MAX_INT:
+        raise UserError(f"{name} must lie within {MAX_INT:,} of 0")
     if wanted is float and type(value) is int:
         value = float(value)
     if type(value) is not wanted:

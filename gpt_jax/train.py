@@ -2,7 +2,7 @@
 
 import time
 
-STARTED = time.monotonic()  # the seconds of a run count from here, imports included
+STARTED = time.monotonic()  # most imports come after this line: the seconds of a run include them
 
 import sys  # noqa: E402
 from functools import partial  # noqa: E402

@@ -21,7 +21,9 @@ def test_a_backend_that_computes_wrongly_is_refused(monkeypatch):
         return lambda rows: function(rows).at[-1].multiply(0.998)
 
     monkeypatch.setattr(devices.jax, "jit", wrong_jit)
-    with pytest.raises(UserError, match=r"computes wrongly on this cpu \(\d+ for 32768 squared\): install"):
+    with pytest.raises(
+        UserError, match=r"gives wrong results on this cpu \(\d+ for 32768 squared\): install"
+    ):
         devices.check_backend()
 
 
@@ -47,7 +49,7 @@ def test_bfloat16_where_the_hardware_multiplies_in_it(platform, compute_capabili
     "device, dtype, text",
     [
         (("cpu", ""), "float32", "float32"),
-        (("gpu", "7.5"), "float32", "float32 (a GPU below compute capability 8.0 has no bfloat16 units)"),
+        (("gpu", "7.5"), "float32", "float32 (a GPU below compute capability 8.0 does not support bfloat16)"),
         (("gpu", "9.0"), "bfloat16", "bfloat16"),
         (("gpu", "9.0"), "float32", "float32 (the model's matrix products in full float32)"),
         (("tpu", ""), "float32", "float32 (the model's matrix products in full float32)"),

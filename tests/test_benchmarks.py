@@ -130,7 +130,7 @@ def test_waiting_measures_cold_and_warm(tmp_path):
     assert all(len(values) == 1 and values[0] > 0 for values in seconds.values())
     assert len(re.findall(r"^median of 1: first (?:character|step), (?:cold|warm)", done.stdout, re.M)) == 4
     done = run(sys.executable, BENCHMARKS / "waiting.py", f"--workdir={tmp_path}", "--repeats=1")
-    assert done.returncode == 1 and "no trained run in" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "no trained model in" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_nanogpt_lines():
@@ -181,8 +181,8 @@ def test_gpu_steps_that_fail_say_why_and_the_summary_says_which(tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert summary["facts"]["ok"] and summary["facts"]["devices"].endswith("(cpu)")
     assert summary["facts"]["versions"]["jax"] and summary["facts"]["machine"]["cores"] >= 1
-    assert "no trained run in" in summary["sampling"]["error"]
-    assert summary["record_5"] == {"ok": False, "error": "left no result: killed, or never begun"}
+    assert "no trained model in" in summary["sampling"]["error"]
+    assert summary["record_5"] == {"ok": False, "error": "left no result: killed, or not started"}
     failed = ["record_4", "record_3", "record_5", "sampling", "determinism", "nanogpt_compiled"]
     assert not summary["ok"] and summary["failed"] == failed
 
@@ -198,16 +198,14 @@ def test_a_gpu_step_whose_time_is_over_leaves_what_it_has(tmp_path):
     step.communicate(timeout=60)
     assert step.returncode == 1
     result = json.loads((tmp_path / "record_5.json").read_text(encoding="utf-8"))
-    assert not result["ok"] and result["error"] == "TimeoutError: its time is over"
+    assert not result["ok"] and result["error"] == "TimeoutError: timed out"
     assert result["parameters"] > 1000 and result["evaluations"] == []
 
 
 def test_training_time_is_that_of_the_steps_alone(tmp_path):
-    log = tmp_path / "log"
-    log.write_text(
-        "device  1 x cpu (cpu)\nmodel   15,488 parameters: 1 layers\n"
-        "compile training steps ... 12.5 s\nstep 2: ...\n"
-    )
+    run_facts = {"device": "1 x cpu (cpu)", "dtype": "float32", "parameters": 15_488}
+    run_facts |= {"compile_seconds": {"initial state": 1.0, "training steps": 12.5}, "mesh": {}}
+    (tmp_path / "run.json").write_text(json.dumps(run_facts))
     (tmp_path / "config.json").write_text(
         json.dumps({"train": {"batch_size": 4, "steps": 9}, "model": {"context": 25}})
     )
@@ -218,9 +216,10 @@ def test_training_time_is_that_of_the_steps_alone(tmp_path):
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     result = {}
-    gpu.describe(tmp_path, log, result)
+    gpu.describe(tmp_path, result)
     assert result == {
         "device": "1 x cpu (cpu)",
+        "dtype": "float32",
         "parameters": 15_488,
         "compile_seconds": 12.5,
         "evaluations": [

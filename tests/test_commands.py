@@ -49,14 +49,14 @@ def workdir(repository, tmp_path_factory):
     assert done.returncode == 2
     assert re.fullmatch(
         r"error: no trained run in .*artifacts: train one with python train.py --config "
-        r"configs/shakespeare_cpu.py\n", done.stderr,
+        r"configs/shakespeare_cpu.py, or name one with --workdir\n", done.stderr,
     )  # fmt: skip
     done = run(repository / "train.py", "--config", repository / "configs" / "smoke.py", cwd=folder)
     assert list(folder.iterdir()) == []
     assert done.returncode == 0, done.stderr
     for text in (
         "device ", "parameters: 1 layers, 2 heads, width 32, context 32",
-        "1,003,854 characters train, 111,540 validate, 65 distinct", "run     ", "step 40: training batches",
+        "1,003,854 tokens train, 111,540 validate, vocabulary of 65", "run     ", "step 40: training batches",
         "whole validation split ", "gap ", "done in ", "To sample: python sample.py\n",
     ):  # fmt: skip
         assert text in done.stdout, text
@@ -95,8 +95,8 @@ def test_train_then_sample_then_evaluate(workdir, tmp_path):
     done = run("-m", "gpt_jax.evaluate", "--workdir", str(workdir), "--which", "last", cwd=tmp_path)
     records = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     val_loss = json.loads(records[-1])["val_loss"]
-    assert f"loss       {val_loss:.4f} nats per character" in done.stdout
-    assert "111,539 characters predicted" in done.stdout
+    assert f"loss       {val_loss:.4f} nats per token" in done.stdout
+    assert "111,539 tokens predicted" in done.stdout
 
 
 def test_a_second_training_says_it_is_finished(workdir):
@@ -115,7 +115,7 @@ def test_overrides_reach_the_run(tmp_path):
     assert done.returncode == 0, done.stderr
     done_there = run("-m", "gpt_jax.evaluate", "--workdir", tmp_path / "run", cwd="/")  # finds my.txt
     assert done_there.returncode == 0, done_there.stderr
-    assert "2 layers" in done.stdout and "my.txt: 1,800 characters train" in done.stdout
+    assert "2 layers" in done.stdout and "my.txt: 1,800 tokens train" in done.stdout
     config = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
     assert config["train"]["grad_accum_steps"] == 2 and config["optimizer"]["learning_rate"] == 1.0
 
@@ -172,7 +172,7 @@ def test_bad_sampling_input_is_one_line_and_status_2(workdir, arguments, message
 def test_no_trained_run_tells_how_to_train_one(tmp_path):
     done = run("sample.py", "--workdir", str(tmp_path), cwd=tmp_path)
     assert done.returncode == 2
-    assert "train one with python train.py --config configs/shakespeare_cpu.py" in done.stderr
+    assert "name another folder, or train one" in done.stderr
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):

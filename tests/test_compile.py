@@ -82,9 +82,9 @@ def test_a_bad_topology_is_one_line(topology, message):
 def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(topologies, "find_spec", lambda name: None)
     monkeypatch.setattr(jax, "__version_info__", topologies.OLDEST_JAX)
-    with pytest.raises(UserError, match=r"libtpu is not installed.* pip install -e '\.\[aot\]'"):
+    with pytest.raises(UserError, match=r"libtpu, .* is not installed: pip install -e '\.\[aot\]'"):
         topologies.describe_topology("v5e:1x1")
-    with pytest.raises(UserError, match=r"CUDA plugin is not installed.* pip install -e '\.\[aot-cuda\]'"):
+    with pytest.raises(UserError, match=r"CUDA plugin, .* is not installed: pip install -e '\.\[aot-cuda\]'"):
         topologies.describe_topology("h100:1")
     monkeypatch.setattr(jax, "__version_info__", (0, 7, 2))
     with pytest.raises(UserError, match=r"needs JAX \d+\.\d+\.\d+ or newer; this is"):

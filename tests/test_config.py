@@ -60,7 +60,7 @@ def test_bad_values_are_named_in_one_line(key, value, message):
 
 
 def test_rope_needs_pairs():
-    with pytest.raises(UserError, match="'rope' turns pairs of channels, but a head is 3 wide"):
+    with pytest.raises(UserError, match="'rope' rotates pairs of channels, but a head is 3 wide"):
         Config.from_dict({"model": {"d_model": 6, "n_head": 2, "position": "rope"}})
 
 

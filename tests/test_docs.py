@@ -113,8 +113,8 @@ def run_command(command, folder):
             continue
         program, *arguments = shlex.split(part)
         assert program == "python", command
-        extra = SMALL_TRAINING if "train" in arguments[0] + arguments[1] else ()
-        extra = ("--length=20",) if "sample" in arguments[0] + "".join(arguments[1:2]) else extra
+        target = " ".join(arguments[:2])
+        extra = ("--length=20",) if "sample" in target else SMALL_TRAINING if "train" in target else ()
         done = subprocess.run(
             [sys.executable, *arguments, *extra], cwd=folder, capture_output=True, text=True,
             env=os.environ | {"PYTHONPATH": str(folder)}, encoding="utf-8",

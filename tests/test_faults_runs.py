@@ -235,7 +235,7 @@ def test_lost_checkpoints_are_not_passed_over_in_silence(start, whole, tmp_path)
     subprocess.run(["rm", "-r", str(workdir / "checkpoints")], check=True)
     training = start(workdir=workdir)
     assert training.wait() == 0
-    assert "has metrics but no checkpoint: training begins at step 0" in training.output
+    assert "has metrics but no checkpoint: training starts from step 0" in training.output
     assert differences(result_of(workdir), result_of(whole)) == []
 
 
@@ -246,7 +246,7 @@ def test_lost_checkpoints_are_not_passed_over_in_silence(start, whole, tmp_path)
         ("inf:12", r"the loss is inf, and the gradient norm is \S+"),
         (
             "gradient:12",
-            r"the loss is \d\.\d+, and the gradient norm is not finite of blocks.mlp.up.kernel nan",
+            r"the loss is \d\.\d+, and the gradient norm is not finite for blocks.mlp.up.kernel nan",
         ),
         ("nan:0", r"the loss is nan, and the gradient norm is \S+"),
         ("nan:30", r"the loss is nan, and the gradient norm is \S+"),
@@ -294,12 +294,12 @@ def test_a_spike_is_shown_and_skipped_where_asked(start, text, tmp_path, skip):
     assert training.wait() == 0, training.output
     records = {record["step"]: record for record in read_metrics(tmp_path / "run" / "metrics.jsonl")}
     if skip:
-        assert re.search(r"^step 25: update left out: gradient norm \S+, above 5 times the median",
+        assert re.search(r"^step 25: update skipped: gradient norm \S+, above 5 times the median",
                          training.output, flags=re.MULTILINE)  # fmt: skip
         assert records[20]["skipped"] == 0 and records[30]["skipped"] == records[40]["skipped"] == 1
     else:
-        assert re.search(r"^step 25: loss \d\S+ stands out of the \d+ before it", training.output,
-                         flags=re.MULTILINE), training.output  # fmt: skip
+        spike = r"^step 25: loss \d\S+ is far above the mean \S+ of the \d+ before it"
+        assert re.search(spike, training.output, flags=re.MULTILINE), training.output
         assert "skipped" not in records[30]
 
 
@@ -504,7 +504,7 @@ def test_a_jax_that_computes_wrongly_does_not_train(start, tmp_path):
     training = start(program=DRIVER, environment={"DISTURBANCE": "x wrong"})
     assert training.wait() == 2
     assert re.fullmatch(
-        r"error: jax \S+ computes wrongly on this cpu \(\d+ for 32768 squared\): install another version, "
+        r"error: jax \S+ gives wrong results on this cpu \(\d+ for 32768 squared\): install another version, "
         r"pip install 'jax\S+'\n", training.output,
     ), training.output  # fmt: skip
     assert not (tmp_path / "run").exists()

@@ -46,10 +46,13 @@ def test_unusual_texts_train_and_sample(tiny_config, text_file, tmp_path, data, 
 @pytest.mark.parametrize(
     "data, message",
     [
-        (b"", "has 0 characters: its training split of 0 is shorter than one window"),
+        (b"", "has 0 characters: its training split of 0 tokens is shorter than one window"),
         (b"\xef\xbb\xbf", "has 0 characters"),
-        (b"a" * 100, "its validation split of 10 is shorter than one window of model.context . 1 = 17"),
-        (b"a" * 18, "its training split of 16 is shorter"),
+        (
+            b"a" * 100,
+            "its validation split of 10 tokens is shorter than one window of model.context . 1 = 17",
+        ),
+        (b"a" * 18, "its training split of 16 tokens is shorter"),
         (LINE.encode("utf-16") * 20, "is not UTF-8: byte 0xff at offset 0; save it as UTF-8"),
         (b"\xef\xbb\xbfcaf\xe9" * 90, "is not UTF-8: byte 0xe9 at offset 6"),
     ],

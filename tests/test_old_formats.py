@@ -16,6 +16,7 @@ from gpt_jax.commands.training_run import train
 from gpt_jax.config import Config
 from gpt_jax.data.corpus import read_text
 from gpt_jax.errors import UserError
+from gpt_jax.storage import format as storage_format
 from gpt_jax.storage.checkpoints import METADATA
 from gpt_jax.storage.format import FORMAT_VERSION, array_names, current_array_names, migrate
 from gpt_jax.storage.integrity import seal
@@ -101,6 +102,15 @@ def test_names_of_arrays_there_and_back():
         assert array_names(tree(new), 1) == tree(old)
         assert current_array_names(tree(old), 1) == tree(new)
         assert array_names(tree(new), FORMAT_VERSION) == tree(new)
+
+
+def test_an_array_renamed_twice(monkeypatch):
+    monkeypatch.setattr(storage_format, "FORMAT_VERSION", 4)
+    renamed = {1: {"a": "b"}, 2: {"b": "c", "x": "y"}}
+    monkeypatch.setattr(storage_format, "RENAMED_ARRAYS", renamed)
+    for version, old in {1: {"a": 0, "x": 1}, 2: {"b": 0, "x": 1}, 3: {"c": 0, "y": 1}}.items():
+        assert array_names({"c": 0, "y": 1}, version) == old
+        assert current_array_names(old, version) == {"c": 0, "y": 1}
 
 
 def test_old_settings_are_migrated():

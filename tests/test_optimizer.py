@@ -7,8 +7,8 @@ from conftest import init, small_model
 
 from gpt_jax.config import OptimizerConfig
 from gpt_jax.training.optimizer import (
-    LEAST_NORMS,
-    MEDIAN_OF,
+    MEDIAN_WINDOW,
+    MIN_NORMS,
     count_skipped,
     is_matrix,
     make_optimizer,
@@ -187,8 +187,8 @@ def test_spikes_are_skipped_and_leave_no_trace():
     for n, norm in enumerate(norms):
         gradient = jax.tree.map(lambda x, norm=norm: x * norm, direction)
         updates, state = update(gradient, state, params)
-        before = np.float32(norms[max(0, n - MEDIAN_OF) : n])
-        if n >= LEAST_NORMS and np.float32(norm) > 3 * np.median(before):
+        before = np.float32(norms[max(0, n - MEDIAN_WINDOW) : n])
+        if n >= MIN_NORMS and np.float32(norm) > 3 * np.median(before):
             left_out.append(n)
             assert all((u == 0).all() for u in jax.tree.leaves(updates))
         else:

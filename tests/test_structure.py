@@ -54,7 +54,7 @@ def test_every_import_names_a_module():
         assert found <= GRAPH.keys(), name
 
 
-@pytest.mark.parametrize("name", [name for name in GRAPH if len(name) == 2], ids=".".join)
+@pytest.mark.parametrize("name", [name for name in GRAPH if len(name) >= 2], ids=".".join)
 def test_packages_import_only_what_they_may(name):
     package = name[0]
     allowed = BASE | MAY_IMPORT[package] | {package}
@@ -89,11 +89,29 @@ def test_no_cycle():
         visit(name)
 
 
+def strings(tree):
+    """The string constants of a module without its docstrings."""
+    with_docstring = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, with_docstring) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.value
+
+
 def test_only_commands_know_the_repository():
     for path in MODULES:
-        text = path.read_text(encoding="utf-8")
         if name_of(path)[0] != "commands":
+            text = path.read_text(encoding="utf-8")
             assert "__file__" not in text and "cwd()" not in text, path
+            for string in strings(ast.parse(text)):
+                assert not any(name in string for name in ("artifacts", "configs/", "train.py")), (
+                    path,
+                    string,
+                )
 
 
 def test_only_the_model_is_linen():
@@ -103,11 +121,20 @@ def test_only_the_model_is_linen():
             assert name_of(path)[0] == "model", path
 
 
+def test_the_face_imports_only_the_trained_model():
+    assert {found[0] for found in GRAPH[("__init__",)]} <= {"errors", "interchange", "version"}
+
+
 def test_only_the_storage_imports_orbax_and_only_training_optax():
     for path in MODULES:
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            if isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
         for library, package in (("orbax", "storage"), ("optax", "training")):
-            if f"import {library}" in path.read_text(encoding="utf-8"):
-                assert name_of(path)[0] == package, path
+            assert library not in imported or name_of(path)[0] == package, path
 
 
 IMPORTED = """

@@ -2,14 +2,14 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import jax
 import numpy as np
 
+from gpt_jax.commands.paths import CHECKOUT
 from gpt_jax.config import Config, Dtype
 from gpt_jax.costs.chips import utilization
 from gpt_jax.data.corpus import Corpus
@@ -46,7 +46,7 @@ class Recorder:
     """Makes the lines of metrics.jsonl, and reports steps that stand out."""
 
     def __init__(
-        self, config: Config, vocab_size: int, model: GPT, sinks: Sinks, terminal: Terminal, started: float
+        self, config: Config, corpus: Corpus, model: GPT, sinks: Sinks, terminal: Terminal, started: float
     ):
         self.config = config
         self.sinks = sinks
@@ -55,14 +55,12 @@ class Recorder:
         self.schedule = make_schedule(config.optimizer, config.train.steps, config.optimizer.learning_rate)
         self.tokens_per_step = config.train.batch_size * config.model.context
         assert model.mesh is not None
-        device = model.mesh.devices.flat[0]
-        # The peak of a chip is that of bfloat16 arithmetic.
-        self.utilization: Callable[[float], float | None] = lambda tokens_per_second: None
-        if model.config.dtype == "bfloat16":
-            flops = flops_per_token(config.model, vocab_size)
-            self.utilization = partial(
-                utilization, flops=flops, device_kind=device.device_kind, n_devices=model.mesh.size
-            )
+        self.device_kind, self.n_devices = model.mesh.devices.flat[0].device_kind, model.mesh.size
+        # The known peaks are those of bfloat16 arithmetic.
+        is_bfloat16 = model.config.dtype == "bfloat16"
+        self.flops_per_token = (
+            flops_per_token(config.model, corpus.tokenizer.vocab_size) if is_bfloat16 else None
+        )
         self.step = 0
         self.skipped = 0  # updates that the optimizer skipped
         # The losses whose mean is the next line's train_loss. They are stored in checkpoints, so that a
@@ -114,7 +112,9 @@ class Recorder:
             sink.sync()
 
     def _record(self, grad_norm: float, tokens_per_second: float) -> Record:
-        mfu = self.utilization(tokens_per_second)
+        mfu = None
+        if self.flops_per_token is not None:
+            mfu = utilization(tokens_per_second, self.flops_per_token, self.device_kind, self.n_devices)
         return {
             "step": self.step,
             "seconds": self.seconds(),
@@ -159,7 +159,7 @@ class Evaluator:
 
 
 class Sampler:
-    """Shows the losses and a sample text, and appends both to samples.txt."""
+    """Shows the losses and a sample text, and appends both to samples.txt. Comes after `Evaluator`."""
 
     def __init__(
         self, config: Config, corpus: Corpus, model: GPT, path: Path, first_step: int, terminal: Terminal
@@ -211,7 +211,7 @@ class Plotter:
         except OSError:
             raise
         except Exception as error:  # a picture is no reason to lose a run
-            self.terminal.write(f"WARNING: loss.png is not drawn: {type(error).__name__}: {error}")
+            self.terminal.write(f"WARNING: could not draw loss.png: {type(error).__name__}: {error}")
 
 
 class Saver:
@@ -255,7 +255,8 @@ class Progress:
         self.evaluator = evaluator
         self.terminal = terminal
         assert model.mesh is not None
-        self.on_cpu = platform_of(model.mesh) == "cpu"
+        on_cpu = platform_of(model.mesh) == "cpu"
+        self.advice = "on a CPU, configs/shakespeare_cpu.py takes minutes" if on_cpu and CHECKOUT else ""
         self.calls = 0
         self.told = False
 
@@ -265,11 +266,6 @@ class Progress:
         seconds = moment.seconds_per_step * moment.n_steps
         # The first call is slower than all others, and short calls say little about long ones.
         if self.calls > 1 and not self.told and seconds > SECONDS_PER_CALL / 2:
-            self.terminal.write(describe_time(moment.seconds_left, self.on_cpu))
+            self.terminal.write(describe_time(moment.seconds_left, self.advice))
             self.told = True
         self.terminal.progress(moment.record, self.evaluator.val_loss, moment.seconds_left)
-
-
-def leaves_as_numbers(tree: dict[str, jax.Array]) -> dict[str, float]:
-    """Plain numbers by name."""
-    return {name: leaf.item() for name, leaf in tree.items()}

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from gpt_jax.commands.flags import parse
 from gpt_jax.commands.paths import text_file
 from gpt_jax.config import Config, MeshConfig
-from gpt_jax.costs.chips import GIB, Chip, least_seconds
+from gpt_jax.costs.chips import GIB, Chip, min_seconds
 from gpt_jax.costs.hlo import Costs, Program
 from gpt_jax.costs.topologies import describe_topology
 from gpt_jax.data.batches import eval_windows
@@ -189,7 +189,7 @@ def what_to_change(name: str, config: Config, n_devices: int) -> str:
 def describe_report(report: Report, chip: Chip) -> str:
     """A few lines of figures."""
     costs = report.costs
-    arithmetic, traffic = least_seconds(chip, costs.flops, costs.bytes_moved)
+    arithmetic, traffic = min_seconds(chip, costs.flops, costs.bytes_moved)
     binds = "memory" if traffic > arithmetic else "arithmetic"
     formula = " by formula" if report.flops_by_formula else ""
     expected = f", {costs.cycles / 1e6:.3g} M cycles by the compiler's estimate" if costs.cycles else ""

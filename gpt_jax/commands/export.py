@@ -63,12 +63,15 @@ def as_stored(params: Params, dtype: str) -> Params:
         stored = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype), params)
     for name, leaf in name_leaves(stored).items():
         if not np.isfinite(leaf).all():
-            raise UserError(f"dtype = {dtype!r} cannot hold {name}: use --dtype float32")
+            raise UserError(f"dtype = {dtype!r} is too small for {name}: use --dtype float32")
     return stored
 
 
-def training_command(config: Config) -> str:
-    """The command that trains with these settings: the nearest config file, and overrides."""
+def training_command(config: Config) -> str | None:
+    """The command that trains with these settings: the nearest config file, and overrides.
+
+    None without the repository, where there are no config files.
+    """
     wanted = flatten(config)
     nearest: tuple[str, list[str]] | None = None
     for path in sorted(CHECKOUT.glob("configs/*.py")) if CHECKOUT else []:
@@ -81,8 +84,7 @@ def training_command(config: Config) -> str:
             ]
             if nearest is None or len(overrides) < len(nearest[1]):
                 nearest = f"configs/{path.name}", overrides
-    file, overrides = nearest or ("the settings in model.json", [])
-    return shlex.join(["python", "train.py", "--config", file, *overrides])
+    return nearest and shlex.join(["python", "train.py", "--config", nearest[0], *nearest[1]])
 
 
 def _name(out: Path) -> str:

@@ -5,8 +5,14 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from gpt_jax.commands.paths import CHECKOUT
 from gpt_jax.config import RENAMED, Config
 from gpt_jax.errors import UserError
+
+# Config files are in the repository only.
+EXAMPLE = (
+    "--config configs/shakespeare_cpu.py" if CHECKOUT else "--config FILE, a Python file with get_config()"
+)
 
 config_flags.DEFINE_config_file("config", help_string="A config file, such as configs/smoke.py.")
 
@@ -28,10 +34,10 @@ def parse(argv: list[str]) -> tuple[Path, Config]:
         what = "unknown setting " if isinstance(error, KeyError | AttributeError) else ""
         text = str(error.args[0] if error.args else repr(error)).replace(r"\n", " ")
         if "No such file" in text:
-            what = "no such config file: try --config configs/shakespeare_cpu.py; "
+            what = f"no such config file: try {EXAMPLE}; "
         raise UserError(what + " ".join(text.replace("\\", "").replace("'", "").split())) from None
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: flags begin with --")
     if values is None:
-        raise UserError("--config is missing: try --config configs/shakespeare_cpu.py")
+        raise UserError(f"--config is missing: try {EXAMPLE}")
     return Path(config_flags.get_config_filename(flags.FLAGS["config"])), Config.from_dict(values)

@@ -30,16 +30,16 @@ def text_file(data: DataConfig) -> Path:
 def newest_run() -> Path:
     """The folder in `artifacts/` whose checkpoints changed last.
 
-    Where there is none, as in a fresh clone, the exported model that comes with the code; stderr says so.
+    If there is none, as in a fresh clone, the shipped model; a note on stderr says so.
 
     Raises:
-        UserError: no run there has a checkpoint, and no model came with the code.
+        UserError: there is neither a run nor the shipped model.
     """
     runs = [folder for folder in ARTIFACTS.iterdir() if has_checkpoint(folder)] if ARTIFACTS.is_dir() else []
     if runs:
         return max(runs, key=lambda folder: checkpoint_folder(folder).stat().st_mtime)
     if is_exported(PRETRAINED):
-        print(f"no run of your own in {ARTIFACTS}: using {PRETRAINED.name}/, which comes with the code",
+        print(f"no runs in {ARTIFACTS}: using the shipped model, {PRETRAINED.name}/",
               file=sys.stderr)  # fmt: skip
         return PRETRAINED
     raise UserError(

@@ -105,8 +105,8 @@ def write_samples(
     except KeyboardInterrupt:
         stopped = True  # what there is gets written
     seconds = max(time.monotonic() - begun, 1e-9)
-    print("" if length <= show else " ...", flush=True)
     samples = ["".join(sample) for sample in grown]
+    print(" ..." if len(samples[0]) - len(prompt) > show else "", flush=True)
 
     _write(out, SEPARATOR.join(samples))
     count = sum(map(len, samples)) - num_samples * len(prompt)

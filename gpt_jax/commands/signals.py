@@ -21,7 +21,7 @@ def stop_signals() -> Iterator[Callable[[], signal.Signals | None]]:
     def handle(number: int, _frame: Any) -> None:
         received.append(signal.Signals(number))
         restore()
-        print("\nstopping: saving first", flush=True)
+        print("\nstopping: saving a checkpoint", flush=True)
 
     def restore() -> None:
         for known, handler in former.items():

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +21,6 @@ from gpt_jax.commands.callbacks import (
     Recorder,
     Sampler,
     Saver,
-    leaves_as_numbers,
 )
 from gpt_jax.commands.paths import ARTIFACTS, command, relative_to_root, text_file
 from gpt_jax.commands.signals import stop_signals
@@ -103,29 +102,22 @@ def train(config: Config, workdir: Path, started: float | None = None) -> int:
             checkpoints.close()  # completes the save in progress
 
 
+@dataclass
 class _Run:
     """The parts of a run."""
 
-    def __init__(
-        self,
-        config: Config,
-        workdir: Path,
-        started: float,
-        mesh: jax.sharding.Mesh,
-        corpus: Corpus,
-        checkpoints: Checkpoints,
-        tensorboard: TensorBoard | None,
-    ):
-        self.config = config
-        self.workdir = workdir
-        self.started = started
-        self.mesh = mesh
-        self.corpus = corpus
-        self.checkpoints = checkpoints
-        self.tensorboard = tensorboard
-        self.model = GPT(config.model, corpus.tokenizer.vocab_size, mesh)
-        self.optimizer = make_optimizer(config.optimizer, config.train.steps)
-        self.keep_ema = config.optimizer.ema_decay > 0
+    config: Config
+    workdir: Path
+    started: float
+    mesh: jax.sharding.Mesh
+    corpus: Corpus
+    checkpoints: Checkpoints
+    tensorboard: TensorBoard | None
+
+    def __post_init__(self) -> None:
+        self.model = GPT(self.config.model, self.corpus.tokenizer.vocab_size, self.mesh)
+        self.optimizer = make_optimizer(self.config.optimizer, self.config.train.steps)
+        self.keep_ema = self.config.optimizer.ema_decay > 0
 
     def run(self) -> int:
         """Restore or begin, train, report; the exit status."""
@@ -146,11 +138,14 @@ class _Run:
             print(f"dtype   {about_dtype}")
 
         write_durably(self.workdir / CONFIG, self.config.to_json())
+        self._write_facts(facts)
         with stop_signals() as stopped_by, ExitStack() as closing:
             tokens_N = jax.device_put(self.corpus.train, replicated(self.mesh))
             state = state or self._init(facts)
-            program = compile_steps(self.config, self.model, self.optimizer, state, tokens_N, facts)
-            write_durably(self.workdir / FACTS, json.dumps(facts, indent=1) + "\n")
+            with compiling("training steps") as compilation:
+                program = compile_steps(self.config, self.model, self.optimizer, state, tokens_N)
+            facts["compile_seconds"]["training steps"] = compilation.seconds
+            self._write_facts(facts)
             step = self._train(program, saved, state, dtype, stopped_by, closing)
             self.checkpoints.wait()
             stop = stopped_by()
@@ -200,42 +195,43 @@ class _Run:
         for part in (*sinks, terminal):
             closing.callback(part.close)
 
-        recorder = Recorder(
-            config, self.corpus.tokenizer.vocab_size, self.model, sinks, terminal, self.started
-        )
-        if saved:
-            recorder.resume(saved, state)
+        recorder = Recorder(config, self.corpus, self.model, sinks, terminal, self.started)
         loss_of_tokens = make_loss_of_tokens(self.model, train.batch_size // train.grad_accum_steps)
         evaluate = Evaluator(loss_of_tokens, self.corpus, self.checkpoints, terminal)
-        evaluate.val_loss = saved.val_loss if saved else None
+        if saved:
+            recorder.resume(saved, state)
+            evaluate.val_loss = saved.val_loss
         sample = Sampler(config, self.corpus, self.model, workdir / SAMPLES, first_step, terminal)
         plot = Plotter(workdir / METRICS, workdir / PLOT, _printable(workdir.name), terminal)
         saver = Saver(config, self.corpus, dtype, self.checkpoints, recorder)
 
-        def on_not_finite(moment: Moment) -> NoReturn:
+        def stop_at_nan(moment: Moment) -> NoReturn:
             recorder.take_in(moment)
             recorder.write(moment)
             saver.save(moment.step, moment.state, None)
             raise RunError(_describe_not_finite(moment))
 
-        step, state = train_loop(
-            program, state, first_step, train.steps,
-            callbacks=[
-                Callback(recorder.take_in),
-                Callback(evaluate, every=train.eval_every),
-                Callback(recorder.write),
-                Callback(sample, every=train.eval_every),
-                Callback(plot, every=train.eval_every),
-                Callback(saver),
-                Callback(Progress(evaluate, self.model, terminal)),
-            ],
-            is_stopped=lambda: stopped_by() is not None,
-            on_not_finite=on_not_finite,
-        )  # fmt: skip
+        callbacks = [
+            Callback(recorder.take_in),
+            Callback(evaluate, every=train.eval_every),
+            Callback(recorder.write),
+            Callback(sample, every=train.eval_every),
+            Callback(plot, every=train.eval_every),
+            Callback(saver),
+            Callback(Progress(evaluate, self.model, terminal)),
+        ]
+
+        def is_stopped() -> bool:
+            return stopped_by() is not None
+
+        step, state = train_loop(program, state, first_step, train.steps, callbacks, is_stopped, stop_at_nan)
         if step < train.steps:  # stopped: save the newest step
             saver.save(step, state, None)
         plot()
         return step
+
+    def _write_facts(self, facts: dict[str, Any]) -> None:
+        write_durably(self.workdir / FACTS, json.dumps(facts, indent=1) + "\n")
 
     def _facts(self, dtype: Dtype) -> dict[str, Any]:
         """What run.json says: the numbers of the run that do not change while it trains."""
@@ -266,19 +262,12 @@ class _Run:
 
 
 def compile_steps(
-    config: Config,
-    model: GPT,
-    optimizer: Any,
-    state: TrainState,
-    tokens_N: jax.Array,
-    facts: dict[str, Any],
+    config: Config, model: GPT, optimizer: Any, state: TrainState, tokens_N: jax.Array
 ) -> Program:
-    """The compiled training steps, as the loop calls them; the seconds go into `facts`."""
+    """The compiled training steps, as the loop calls them."""
     seed = np.uint32(config.seed)
-    with compiling("training steps") as compilation:
-        steps = make_train_steps(config, model, optimizer, state, MAX_STEPS_PER_CALL)
-        compiled = steps.lower(state, tokens_N, seed, np.int32(1)).compile()
-    facts["compile_seconds"]["training steps"] = compilation.seconds
+    steps = make_train_steps(config, model, optimizer, state, MAX_STEPS_PER_CALL)
+    compiled = steps.lower(state, tokens_N, seed, np.int32(1)).compile()
     return lambda state, n_steps: compiled(state, tokens_N, seed, n_steps)
 
 
@@ -289,9 +278,11 @@ def sample_command(workdir: Path) -> str:
 
 
 def _describe_not_finite(moment: Moment) -> str:
-    loss, grad_norm = (moment.metrics[name][moment.n_steps].item() for name in ("loss", "grad_norm"))
-    by_array = (leaves_as_numbers(name_leaves(moment.metrics[name])) for name in ("grad_norms", "finite"))
-    return describe_not_finite(moment.step + 1, loss, grad_norm, *by_array)  # type: ignore[arg-type]
+    metrics, i = moment.metrics, moment.n_steps  # i: of the update that was not made
+    norms = {name: norm.item() for name, norm in name_leaves(metrics["grad_norms"]).items()}
+    finite = {name: bool(is_finite) for name, is_finite in name_leaves(metrics["finite"]).items()}
+    loss, grad_norm = metrics["loss"][i].item(), metrics["grad_norm"][i].item()
+    return describe_not_finite(moment.step + 1, loss, grad_norm, norms, finite)
 
 
 def _printable(name: str) -> str:

@@ -60,6 +60,6 @@ def utilization(tokens_per_second: float, flops: int, device_kind: str, n_device
     return None if chip is None else tokens_per_second * flops / (n_devices * chip.flops)
 
 
-def least_seconds(chip: Chip, flops: float, n_bytes: float) -> tuple[float, float]:
+def min_seconds(chip: Chip, flops: float, n_bytes: float) -> tuple[float, float]:
     """Lower bounds for the time of this arithmetic and of this memory traffic, in seconds."""
     return flops / chip.flops, n_bytes / chip.bandwidth

@@ -44,15 +44,16 @@ def load_corpus(path: Path, context: int, train_fraction: float) -> Corpus:
     """
     text, digest = read_text(path)
     n_train = int(train_fraction * len(text))
-    for split, length in (("training", n_train), ("validation", len(text) - n_train)):
-        if length < context + 1:
-            raise UserError(
-                f"{path} has {len(text):,} characters: its {split} split of {length:,} is shorter than "
-                f"one window of model.context + 1 = {context + 1}; use a longer text or a shorter context"
-            )
-    tokenizer: Tokenizer = CharTokenizer.from_text(text)
+    tokenizer: Tokenizer = CharTokenizer.from_text(text or " ")
     smallest_type = np.min_scalar_type(tokenizer.vocab_size - 1)
     train, val = (tokenizer.encode(part).astype(smallest_type) for part in (text[:n_train], text[n_train:]))
+    for split, tokens_N in (("training", train), ("validation", val)):
+        if len(tokens_N) < context + 1:
+            raise UserError(
+                f"{path} has {len(text):,} characters: its {split} split of {len(tokens_N):,} tokens is "
+                f"shorter than one window of model.context + 1 = {context + 1}; use a longer text or a shorter "
+                f"context"
+            )
     fingerprint = hashlib.sha256((digest + tokenizer.to_json()).encode()).hexdigest()
     return Corpus(train, val, tokenizer, fingerprint, text[n_train:], len(text))
 

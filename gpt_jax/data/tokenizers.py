@@ -1,6 +1,7 @@
 """Text to token ids and back.
 
-To add a tokenizer: write a class with the methods of `Tokenizer` and put it into `TOKENIZERS`.
+To add a tokenizer: write a class with the methods of `Tokenizer`, put the inverse of its `to_json` into
+`TOKENIZERS`, and let `load_corpus` (data/corpus.py) make it from a text.
 """
 
 import json
@@ -63,7 +64,7 @@ class CharTokenizer:
         """The inverse of `to_json`, from what JSON holds."""
         characters = values.get("characters")
         if not isinstance(characters, str) or not characters or list(characters) != sorted(set(characters)):
-            raise UserError("tokenizer: its characters must be a text, sorted and without repetition")
+            raise UserError("tokenizer: its characters must be a sorted string without duplicates")
         if any("\ud800" <= character <= "\udfff" for character in characters):
             raise UserError("tokenizer: it has surrogates, which are not characters")
         return cls(characters)
@@ -114,7 +115,8 @@ class CharTokenizer:
         return self.decode
 
 
-TOKENIZERS = {CharTokenizer.type: CharTokenizer}
+# By type: from what JSON holds to the tokenizer.
+TOKENIZERS: dict[str, Callable[[dict[str, Any]], Tokenizer]] = {CharTokenizer.type: CharTokenizer.from_dict}
 
 
 def tokenizer_from_json(text: str) -> Tokenizer:
@@ -130,7 +132,7 @@ def tokenizer_from_json(text: str) -> Tokenizer:
     kind = values.get("type") if isinstance(values, dict) else None
     if not isinstance(kind, str) or kind not in TOKENIZERS:
         raise UserError(f"tokenizer: type {kind!r} is not known; known: {', '.join(TOKENIZERS)}")
-    return TOKENIZERS[kind].from_dict(values)
+    return TOKENIZERS[kind](values)
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""Trained models, as a user holds them and as folders to give away."""
+"""Trained models, as a user holds them and as folders to share."""

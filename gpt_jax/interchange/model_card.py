@@ -15,7 +15,7 @@ from gpt_jax.model.layers import compute_dtype
 from gpt_jax.model.params import count_params
 
 
-def model_card(model: TrainedModel, corpus: Corpus, name: str, dtype: str, command: str) -> str:
+def model_card(model: TrainedModel, corpus: Corpus, name: str, dtype: str, command: str | None) -> str:
     """The card, made from the model alone.
 
     Args:
@@ -23,14 +23,15 @@ def model_card(model: TrainedModel, corpus: Corpus, name: str, dtype: str, comma
         corpus: its text.
         name: of the folder that it is in.
         dtype: of the stored parameters.
-        command: that trains such a model.
+        command: that trains such a model; None: there is none to show.
     """
     config, loss = model.config, model.metadata.val_loss
     assert loss is not None
     is_char = isinstance(model.tokenizer, CharTokenizer)
     tokens = "characters" if is_char else "tokens"
     shape, ema = config.model, f", EMA over steps (decay {config.optimizer.ema_decay:g})"
-    text = text_name(config) or "tiny Shakespeare (`artifacts/input.txt` of the repository)"
+    text = text_name(config) or "tiny Shakespeare"
+    recipe = f"    {command}\n\n" if command else ""
     defaults = flatten(Config())
     settings = [
         f"    {key} = {public_value(key, value, config)!r}\n"
@@ -61,7 +62,7 @@ context, each counted once. It was measured on the parameters as they are stored
 
 ## Use
 
-    python sample.py --workdir {shlex.quote(name)}
+    python -m gpt_jax.sample --workdir {shlex.quote(name)}
     python -m gpt_jax.evaluate --workdir {shlex.quote(name)}
 
 From Python:
@@ -79,9 +80,7 @@ tokenizer:
 
 ## Recipe
 
-    {command}
-
-Settings that differ from the defaults (`model.json` has all of them):
+{recipe}Settings that differ from the defaults (`model.json` has all of them):
 
 {"".join(settings)}
 ## Limits

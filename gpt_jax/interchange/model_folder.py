@@ -1,4 +1,4 @@
-"""A trained model in a folder to give away: its arrays as safetensors, all else as JSON. No code.
+"""A trained model in a folder to share: its arrays as safetensors, all else as JSON. No code.
 
     params.safetensors   the parameters, float32 or float16, under names like "blocks.mlp.up.kernel"
     model.json           format version, settings, tokenizer, step, loss, data fingerprint, versions, checksum
@@ -34,12 +34,14 @@ from gpt_jax.parallel.mesh import make_mesh
 from gpt_jax.storage.format import FORMAT_VERSION, array_names, current_array_names
 from gpt_jax.storage.metadata import Metadata
 
-PARAMS, MODEL, CARD = FILES = ("params.safetensors", "model.json", "README.md")
-PARAMS_1, CONFIG_1, TOKENIZER_1 = FILES_1 = ("model.safetensors", "config.json", "tokenizer.json")
+PARAMS, MODEL, CARD = "params.safetensors", "model.json", "README.md"
+FILES = (PARAMS, MODEL, CARD)
+PARAMS_1, CONFIG_1, TOKENIZER_1 = "model.safetensors", "config.json", "tokenizer.json"
+FILES_1 = (PARAMS_1, CONFIG_1, TOKENIZER_1, CARD)  # of format version 1
 DTYPES = {"float32": "F32", "float16": "F16"}  # as safetensors names them
 FACTS = ("step", "val_loss", "fingerprint", "versions")
-MOST_JSON = 2**24  # bytes; a larger file is not read: a vocabulary of all of Unicode takes less
-MOST_HEADER = 2**22  # bytes; a model of a thousand layers takes less
+MAX_JSON = 2**24  # bytes; a larger file is not read: a vocabulary of all of Unicode takes less
+MAX_HEADER = 2**22  # bytes; a model of a thousand layers takes less
 
 
 def is_exported(folder: Path) -> bool:
@@ -54,7 +56,10 @@ def check_replaceable(folder: Path) -> None:
         UserError: `folder` is not a folder, or holds other files.
     """
     if folder.is_dir():
-        others = sorted({path.name for path in folder.iterdir()} - {*FILES, *FILES_1})
+        # Other programs use the file names of version 1 too: such a folder may be replaced only if it is
+        # ours.
+        known = FILES_1 if _is_version_1(folder) and _read_header_1(folder) else FILES
+        others = sorted({path.name for path in folder.iterdir()} - {*known})
         if others:
             raise UserError(f"out = {folder} holds other files, such as {others[0]}: name a new folder")
     elif folder.exists():
@@ -120,8 +125,7 @@ def read_exported(folder: Path) -> tuple[Metadata, Params]:
     Raises:
         UserError: a file is missing, damaged, or does not fit the others; it is named.
     """
-    is_version_1 = any((folder / name).exists() for name in (PARAMS_1, TOKENIZER_1))
-    if is_version_1 and not any((folder / name).exists() for name in (PARAMS, MODEL)):
+    if _is_version_1(folder):
         return _read_version_1(folder)
     with _named(folder / MODEL) as path:
         model = _read_json(path)
@@ -131,16 +135,30 @@ def read_exported(folder: Path) -> tuple[Metadata, Params]:
     return metadata, current_array_names(params, metadata.format_version)
 
 
+def _is_version_1(folder: Path) -> bool:
+    new, old = ((folder / name).exists() for name in (PARAMS, PARAMS_1))
+    return not new and not (folder / MODEL).exists() and (old or (folder / TOKENIZER_1).exists())
+
+
+def _read_header_1(folder: Path) -> dict[str, Any] | None:
+    """What version 1 wrote into the header of its arrays; None where another program wrote them."""
+    if not (folder / PARAMS_1).is_file():
+        return None
+    with _open_arrays(folder / PARAMS_1) as file:
+        facts = json.loads((file.metadata() or {}).get("gpt_jax", "null"))
+    return facts if isinstance(facts, dict) else None
+
+
 def _read_version_1(folder: Path) -> tuple[Metadata, Params]:
     """Three files; the step, loss and checksum are in the header of the arrays; one tree a layer."""
     with _named(folder / CONFIG_1) as path:
         config = _read_json(path)
     with _named(folder / TOKENIZER_1) as path:
         tokenizer = json.dumps(_read_json(path))
-    with _named(folder / PARAMS_1) as path, _open_arrays(path) as file:
-        facts = json.loads((file.metadata() or {}).get("gpt_jax", "null"))
-        if not isinstance(facts, dict):
-            raise UserError("its header has no entry of gpt_jax")
+    with _named(folder / PARAMS_1) as path:
+        facts = _read_header_1(folder)
+        if facts is None:
+            raise UserError("its header has no entry 'gpt_jax'")
     with _named(folder / CONFIG_1):
         own = {"config": config, "tokenizer": tokenizer, "recent_losses": []}
         metadata = Metadata.from_dict(facts | own)
@@ -177,8 +195,8 @@ def _read_arrays(path: Path, described_by: str, target: Params, sha256: Any) -> 
 def _open_arrays(path: Path) -> Iterator[Any]:
     with path.open("rb") as opened:
         header = int.from_bytes(opened.read(8), "little")
-    if header > MOST_HEADER:
-        raise UserError(f"a header of {header:,} bytes is more than {MOST_HEADER:,}")
+    if header > MAX_HEADER:
+        raise UserError(f"a header of {header:,} bytes is more than {MAX_HEADER:,}")
     with safe_open(path, framework="numpy") as file:
         yield file
 
@@ -207,8 +225,8 @@ def _checksum(arrays: dict[str, np.ndarray]) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > MOST_JSON:
-        raise UserError(f"{path.stat().st_size:,} bytes are more than {MOST_JSON:,}")
+    if path.stat().st_size > MAX_JSON:
+        raise UserError(f"{path.stat().st_size:,} bytes are more than {MAX_JSON:,}")
     values = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise UserError("not a JSON object")

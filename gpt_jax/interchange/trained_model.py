@@ -28,7 +28,7 @@ from gpt_jax.storage.integrity import DamagedError
 from gpt_jax.storage.metadata import Metadata
 from gpt_jax.storage.run_folder import checkpoint_folder, has_checkpoint
 
-MOST_COMPRESSION = 100  # real parameters compress less; a decompression bomb does not
+MAX_COMPRESSION = 100  # real parameters compress less; a decompression bomb does not
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def load(workdir: str | Path, which: str = "best") -> TrainedModel:
         metadata, params = read_exported(workdir)
     else:
         raise UserError(
-            f"no trained model in {workdir}: train one with python -m gpt_jax.train, or name another folder"
+            f"no trained model in {workdir}: name another folder, or train one (README.md says how)"
         )
     config, tokenizer = metadata.config, metadata.tokenizer
     module = GPT(config.model, tokenizer.vocab_size)
@@ -222,7 +222,7 @@ def _read_checkpoint(workdir: Path, which: str) -> tuple[Metadata, Params]:
         target = abstract_params(GPT(config.model, vocab_size), mesh)
         item = "ema_params" if config.optimizer.ema_decay > 0 else "params"
         n_bytes, on_disk = 4 * count_params(target), checkpoints.disk_size(step, item)
-        if n_bytes > MOST_COMPRESSION * on_disk + 2**20:
+        if n_bytes > MAX_COMPRESSION * on_disk + 2**20:
             raise DamagedError(
                 f"checkpoint {checkpoints.folder / str(step)} claims {n_bytes:,} bytes of {item} in "
                 f"{on_disk:,} on disk"

@@ -70,7 +70,7 @@ def causal_attention(
         config: of the model.
         q_BxHxTxK, k_BxHxTxK, v_BxHxTxK: queries, keys and values of the same tokens.
         positions_T: their positions in the window.
-        cache: keys and values of the window so far, these included; None: there are no others.
+        cache: all keys and values so far, these included; None: there are no others.
         seed_2: of the dropout masks; None: no dropout.
         mesh: the devices.
         record: called with the attention weights [B, H, T, S]; None: they are not needed.

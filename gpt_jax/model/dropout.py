@@ -32,10 +32,8 @@ def keep_mask(seed_2: jax.Array, mask_index: int, rate: float, shape: tuple[int,
     random enough for dropout; initial parameters and batches use `jax.random`. Element numbers have 32 bits:
     an array of more than 2^32 elements repeats its mask.
     """
-    a, b = (
-        scramble(seed_2[0] + jnp.uint32(2 * mask_index)),
-        scramble(seed_2[1] + jnp.uint32(2 * mask_index + 1)),
-    )
+    a = scramble(seed_2[0] + jnp.uint32(2 * mask_index))
+    b = scramble(seed_2[1] + jnp.uint32(2 * mask_index + 1))
     number = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
     return scramble(number * (a | 1) + b) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
 

@@ -26,7 +26,7 @@ def make_linear(
     axis: int | Sequence[int] = -1,
     std: float | None = None,
 ) -> nn.DenseGeneral:
-    """A linear layer, with a bias where the config says so.
+    """A linear layer, with a bias if `config.bias`.
 
     Args:
         config: of the model.

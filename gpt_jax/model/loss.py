@@ -1,4 +1,4 @@
-"""The loss of a batch, for training, and of a whole text, which is reported."""
+"""The training loss of a batch, and the reported loss of a whole text."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

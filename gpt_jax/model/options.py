@@ -13,7 +13,7 @@ from gpt_jax.config import ModelConfig
 from gpt_jax.model.cache import LayerCache
 from gpt_jax.model.layers import normal
 
-MOST_BIGRAMS = 2**14  # rows of a bigram embedding: enough for every pair of 127 characters
+MAX_BIGRAMS = 2**14  # rows of a bigram embedding: enough for every pair of 127 characters
 
 
 def rotate(x_BxHxTxK: jax.Array, positions_T: jax.Array, base: float) -> jax.Array:
@@ -27,8 +27,8 @@ def rotate(x_BxHxTxK: jax.Array, positions_T: jax.Array, base: float) -> jax.Arr
 
 
 def n_bigram_ids(vocab_size: int) -> int:
-    """Rows of the bigram embedding: one for each pair of tokens, up to `MOST_BIGRAMS`."""
-    return min((vocab_size + 1) * vocab_size, MOST_BIGRAMS)
+    """Rows of the bigram embedding: one for each pair of tokens, up to `MAX_BIGRAMS`."""
+    return min((vocab_size + 1) * vocab_size, MAX_BIGRAMS)
 
 
 def bigram_ids(tokens_BxT: jax.Array, last_B: jax.Array | None, vocab_size: int) -> jax.Array:
@@ -36,13 +36,13 @@ def bigram_ids(tokens_BxT: jax.Array, last_B: jax.Array | None, vocab_size: int)
 
     Args:
         tokens_BxT: token ids.
-        last_B: the tokens before them, `vocab_size` where there is none; None: there is none anywhere.
+        last_B: the tokens before them, `vocab_size` where there is none; None: these are the first tokens.
         vocab_size: V.
     """
     if last_B is None:
         last_B = jnp.full_like(tokens_BxT[:, 0], vocab_size)
     before_BxT = jnp.concatenate([last_B[:, None], tokens_BxT[:, :-1]], axis=1)
-    return (before_BxT * vocab_size + tokens_BxT) % MOST_BIGRAMS
+    return (before_BxT * vocab_size + tokens_BxT) % MAX_BIGRAMS
 
 
 def add_x0(x_BxTxD: jax.Array, x0_BxTxD: jax.Array, gate_D: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Trees of parameters: initial values, shapes, names, counts, and the two layouts of the layers.
 
 Everywhere but inside the decoder the layers are stacked: "blocks" has one array for all layers, [L, ...]. The
-decoder has one tree a layer, "block_0", "block_1" ... `unstack_layers` and `stack_layers` convert.
+decoder has them unstacked, "block_0", "block_1" ... `unstack_layers` and `stack_layers` convert.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ def abstract_params(model: GPT, mesh: Mesh) -> Params:
 
 
 def unstack_layers(params: Params) -> Params:
-    """From one stack of layers to one tree a layer, for decoding."""
+    """From one stack of layers to a tree for each layer, for decoding."""
     params = dict(params)
     blocks = params.pop("blocks")
     n_layer = jax.tree.leaves(blocks)[0].shape[0]

@@ -38,8 +38,8 @@ class GPT(nn.Module):
     """Token ids to the logits of the token that follows each.
 
     The parameters of the layers are stacked along a leading axis L, and one compiled layer runs L times
-    (`nn.scan`). The model also takes parameters with one tree a layer (`params.unstack_layers`): the decoder
-    uses these, since cutting a layer out of a stack for each token takes longer than the token's arithmetic.
+    (`nn.scan`). The model also takes unstacked parameters (`params.unstack_layers`): the decoder uses these,
+    since slicing a layer out of the stack for each token takes longer than the token's arithmetic.
 
     Attributes:
         config: the shape of the model.
@@ -63,7 +63,7 @@ class GPT(nn.Module):
 
         Args:
             tokens_BxT: integer ids; T is at most `config.context`.
-            cache: what came before these tokens (only with one tree a layer); None: nothing did.
+            cache: KV cache of the earlier tokens; needs unstacked parameters. None: no earlier tokens.
             n_tokens: with a cache, how many of the T tokens count; the rest is padding. None: all of them.
             dropout_key: decides the dropout masks; None: no dropout.
 
@@ -101,7 +101,7 @@ class GPT(nn.Module):
 
         if not self.has_variable("params", "block_0"):
             if cache is not None:
-                raise ValueError("with a cache, the parameters must have one tree a layer: unstack_layers")
+                raise ValueError("a cache needs unstacked parameters: unstack_layers(params)")
             return stack(Block, config, self.mesh)(x_BxTxD, x_BxTxD, positions_T, seeds_Lx2)[0], None
         x0_BxTxD, layers = x_BxTxD, []
         for i in range(config.n_layer):
@@ -151,7 +151,7 @@ class Block(nn.Module):
             x0_BxTxD: the residual stream before the first layer.
             positions_T: the positions of the tokens in the window.
             seed_2: of the dropout masks, uint32 [2]; None: no dropout.
-            cache: this layer's; None: nothing came before.
+            cache: of this layer; None: no earlier tokens.
             n_tokens: as in `GPT`.
         """
         config = self.config

@@ -8,7 +8,7 @@ from gpt_jax.config import ModelConfig
 from gpt_jax.monitor.metrics import Record, best_record
 from gpt_jax.monitor.terminal import show_time
 
-LONG_ON_A_CPU = 30 * 60  # seconds; for longer runs a message names the small recipe
+LONG = 30 * 60  # seconds
 
 
 def describe_run(
@@ -36,12 +36,10 @@ def describe_run(
     )
 
 
-def describe_time(seconds_left: float, on_cpu: bool) -> str:
-    """How long training will take, and a smaller recipe where that is long."""
+def describe_time(seconds_left: float, advice: str) -> str:
+    """How long training will take, with advice if that is long."""
     text = f"time    about {show_time(seconds_left)} of training here, plus evaluation"
-    if on_cpu and seconds_left > LONG_ON_A_CPU:
-        text += "; configs/shakespeare_cpu.py takes minutes on a CPU"
-    return text
+    return text + (f"; {advice}" if advice and seconds_left > LONG else "")
 
 
 def describe_evaluation(record: Record) -> str:

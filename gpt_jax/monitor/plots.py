@@ -25,7 +25,7 @@ def plot_losses(metrics: Path, picture: Path, title: str) -> None:
         best = best_record(validated)
         axes.axhline(best["val_loss"], color="tab:orange", linewidth=0.8, linestyle=":")
         title += f": best validation loss {best['val_loss']:.4f} at step {best['step']:,.0f}"
-    axes.set(xlabel="step", ylabel="loss, nats per character", title=title)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.title.set_parse_math(False)  # a folder may be called "$x$"
     axes.grid(alpha=0.3)
     axes.legend()

@@ -64,7 +64,7 @@ causal_cudnn = partial(jax.nn.dot_product_attention, is_causal=True, implementat
 def describe_dtype(dtype: str, platform: str, compute_capability: str = "") -> str:
     """The type of the computation for a person, with the reason where it may surprise."""
     if dtype == "float32" and _major(compute_capability) < 8:
-        return "float32 (a GPU below compute capability 8.0 has no bfloat16 units)"
+        return "float32 (a GPU below compute capability 8.0 does not support bfloat16)"
     if dtype == "float32" and platform != "cpu":
         return "float32 (the model's matrix products in full float32)"
     return dtype

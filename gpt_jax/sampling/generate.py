@@ -102,7 +102,7 @@ def _half_pieces(
     filled = n - window_start(n, context)
     # Two shapes are compiled, not one for each length: half a context, and a whole one.
     rows = len(recent_BxR)
-    window_BxT = np.zeros((max(rows, _least_rows()), half if filled <= half else context), np.int32)
+    window_BxT = np.zeros((max(rows, _min_rows()), half if filled <= half else context), np.int32)
     window_BxT[:rows, :filled] = recent_BxR[:, -filled:]
     logits_BxV, cache = prefill(model, params, window_BxT, np.int32(filled))
 
@@ -136,7 +136,7 @@ def prefill(model: GPT, params: Params, tokens_BxT: jax.Array, length: jax.Array
 
     Args:
         model: the model.
-        params: its parameters, one tree a layer.
+        params: its parameters, unstacked.
         tokens_BxT: integer ids.
         length: int32 scalar, 1 or more.
 
@@ -210,7 +210,7 @@ def _read(model: GPT, params: Params, tokens_BxT: jax.Array, cache: Cache, *n_to
 _unstack = jax.jit(unstack_layers)
 
 
-def _least_rows() -> int:
+def _min_rows() -> int:
     """On a CPU, XLA of jax 0.9 multiplies one row by a matrix four to eight times slower than two rows."""
     return 2 if jax.default_backend() == "cpu" and jax.__version_info__ < (0, 10) else 1
 

@@ -289,7 +289,7 @@ class Checkpoints:
             kept = [other for other in self.steps() if other != step][-1:]
             raise RunError(
                 f"the checkpoint of step {step:,} could not be saved in {self.folder}: {_one_line(error)}; "
-                + (f"the one of step {kept[0]:,} is kept" if kept else "there is no other yet")
+                + (f"the one of step {kept[0]:,} is kept" if kept else "there is no earlier one")
             ) from error
 
 
@@ -307,7 +307,7 @@ def read_metadata(checkpoints: Checkpoints, step: int) -> Metadata:
         raise
     except FormatError as error:
         raise FormatError(f"{where}: {error}") from None
-    except UserError as error:
+    except (UserError, RecursionError) as error:  # deeply nested JSON is a RecursionError
         raise DamagedError(f"{where}: {error}") from None
     if metadata.step != step:  # somebody renamed the folder
         raise DamagedError(f"{where}: it belongs to step {metadata.step}")
@@ -330,7 +330,7 @@ def _read(folder: Path, function: Callable[[], T]) -> T:
 
 @contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Hide what Orbax logs about errors that it also raises."""
+    """Hide warnings and errors in Orbax's log; what matters, it also raises."""
 
     def hide(record: logging.LogRecord) -> bool:
         return record.levelno < logging.WARNING

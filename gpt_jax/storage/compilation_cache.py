@@ -26,7 +26,7 @@ from filelock import FileLock
 
 from gpt_jax.storage.integrity import checksum
 
-MOST_BYTES = 2**29  # per folder; JAX evicts the programs that were least recently used
+MAX_BYTES = 2**29  # per folder; JAX evicts the programs that were least recently used
 PROGRAM, USED, CHECKSUM = "-cache", "-atime", ".sha256"  # endings of file names; the first two are JAX's
 PROBLEM = "Error (reading|writing) persistent compilation cache"  # how JAX's warnings begin
 HIT, MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
@@ -78,7 +78,7 @@ def use_compilation_cache() -> None:
         return
     _folder = folder
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
+    jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
     # Keep programs that compile fast too: with a limit, chance would decide what is kept.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     # XLA's own cache, of kernel choices on GPUs, would have neither a limit nor checksums.

@@ -57,10 +57,9 @@ def format_version(values: dict[str, Any]) -> int:
 
 def array_names(tree: Any, version: int) -> Any:
     """Rename the keys of a tree from the current names to those of an older version."""
-    names = {}
-    for old in range(version, FORMAT_VERSION):
-        names.update({new: before for before, new in RENAMED_ARRAYS.get(old, {}).items()})
-    return _rename(tree, names)
+    for old in reversed(range(version, FORMAT_VERSION)):
+        tree = _rename(tree, {new: before for before, new in RENAMED_ARRAYS.get(old, {}).items()})
+    return tree
 
 
 def current_array_names(tree: Any, version: int) -> Any:

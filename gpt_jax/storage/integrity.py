@@ -13,7 +13,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.files import sync, write_durably
 
 CHECKSUMS = "SHA256SUMS"
-MOST_CHECKSUMS = 2**24  # bytes; a larger file is not read
+MAX_CHECKSUMS = 2**24  # bytes; a larger file is not read
 
 
 class DamagedError(UserError):
@@ -41,7 +41,7 @@ def verify(folder: Path) -> None:
     """
     try:
         found = set(_files(folder)) - {CHECKSUMS}  # before reading: opening a pipe would block
-        if (folder / CHECKSUMS).stat().st_size > MOST_CHECKSUMS:
+        if (folder / CHECKSUMS).stat().st_size > MAX_CHECKSUMS:
             raise DamagedError(f"{CHECKSUMS} is too large")
         lines, _, last = (folder / CHECKSUMS).read_text(encoding="utf-8").rpartition("# ")
         if last != _digest(lines.encode()) + "\n":
@@ -51,7 +51,7 @@ def verify(folder: Path) -> None:
             if name not in found:
                 raise DamagedError(f"{name} is missing")
             if name not in sums:
-                raise DamagedError(f"{name} does not belong there")
+                raise DamagedError(f"{name} is not listed in {CHECKSUMS}")
             if checksum(folder / name) != sums[name]:
                 raise DamagedError(f"{name} was changed")
     except (OSError, ValueError) as error:

@@ -1,10 +1,11 @@
 """One trainer at a time in a run's folder."""
 
+import errno
 import os
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -14,11 +15,14 @@ from gpt_jax.files import sync
 from gpt_jax.storage.run_folder import LOCK
 
 HOLDER = "lock.holder"  # who holds the lock, for a person
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # of some network file systems
 
 
 @contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Make `workdir` if it does not exist, and lock it. The system unlocks it however the process ends.
+    """Make `workdir` if it does not exist, and lock it.
+
+    The system unlocks it however the process ends. Where a file system has no locks, there is only a warning.
 
     Raises:
         UserError: another process holds the lock (it is named), or nothing can be written there.
@@ -39,7 +43,8 @@ def locked(workdir: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        holder.unlink(missing_ok=True)
+        with suppress(OSError):  # a failing disk must not hide the error that is on its way
+            holder.unlink(missing_ok=True)
         lock.release()
 
 
@@ -53,5 +58,7 @@ def _acquire(lock: FileLock, holder: Path, workdir: Path) -> None:
         raise UserError(
             f"workdir = {workdir} is in use by {who}: wait for it, stop it, or choose another with --workdir"
         ) from None
-    except (OSError, NotImplementedError) as error:  # some network file systems have no locks
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
         print(f"WARNING: {workdir} cannot be locked ({error}): let no other process train there")

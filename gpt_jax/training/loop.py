@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -68,7 +68,7 @@ def train_loop(
     last_step: int,
     callbacks: Sequence[Callback],
     is_stopped: Callable[[], bool],
-    on_not_finite: Callable[[Moment], None],
+    on_not_finite: Callable[[Moment], NoReturn],
 ) -> tuple[int, TrainState]:
     """Train from `first_step` updates to `last_step`, or until stopped.
 
@@ -81,7 +81,7 @@ def train_loop(
         callbacks: called after the updates, in this order.
         is_stopped: asked before each call; true ends the loop.
         on_not_finite: called instead of the callbacks when an update was not made because it would not be
-            finite; must raise.
+            finite; raises.
 
     Returns:
         The updates done, and the state.

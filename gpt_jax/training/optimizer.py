@@ -19,8 +19,8 @@ _MUON_AXES = {
     "down": MuonDimensionNumbers(reduction_axis=1, output_axis=2),  # [L, F, D]
 }
 
-MEDIAN_OF = 64  # the number of gradient norms that a new one is compared with
-LEAST_NORMS = 16  # with fewer, nothing is skipped
+MEDIAN_WINDOW = 64  # the number of gradient norms that a new one is compared with
+MIN_NORMS = 16  # with fewer, nothing is skipped
 
 
 def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
@@ -95,24 +95,24 @@ class SkipSpikesState(NamedTuple):
 def skip_spikes(inner: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
     """Skip an update, and keep the optimizer's state, when the norm of the gradient is a spike.
 
-    A spike is a norm above `factor` times the median of the newest `MEDIAN_OF` norms. Spikes are among these
-    norms, so a lasting rise is not skipped forever.
+    A spike is a norm above `factor` times the median of the newest `MEDIAN_WINDOW` norms. Spikes are among
+    these norms, so a lasting rise is not skipped forever.
     """
 
     def init(params: Params) -> SkipSpikesState:
-        return SkipSpikesState(jnp.zeros(MEDIAN_OF), jnp.int32(0), jnp.int32(0), inner.init(params))
+        return SkipSpikesState(jnp.zeros(MEDIAN_WINDOW), jnp.int32(0), jnp.int32(0), inner.init(params))
 
     def update(
         gradient: Params, state: SkipSpikesState, params: Params | None = None
     ) -> tuple[Params, SkipSpikesState]:
         norms_M, seen, skipped, inner_state = state
         norm = optax.tree.norm(gradient)
-        median = jnp.nanmedian(jnp.where(jnp.arange(MEDIAN_OF) < seen, norms_M, jnp.nan))
-        spike = (seen >= LEAST_NORMS) & (norm > factor * median)
+        median = jnp.nanmedian(jnp.where(jnp.arange(MEDIAN_WINDOW) < seen, norms_M, jnp.nan))
+        spike = (seen >= MIN_NORMS) & (norm > factor * median)
         updates, new_state = inner.update(gradient, inner_state, params)
         updates = jax.tree.map(lambda u: jnp.where(spike, jnp.zeros_like(u), u), updates)
         new_state = jax.tree.map(lambda old, new: jnp.where(spike, old, new), inner_state, new_state)
-        norms_M = norms_M.at[seen % MEDIAN_OF].set(norm)
+        norms_M = norms_M.at[seen % MEDIAN_WINDOW].set(norm)
         return updates, SkipSpikesState(norms_M, seen + 1, skipped + spike, new_state)
 
     return optax.GradientTransformation(init, update)

@@ -135,7 +135,7 @@ def _check_same_run(metadata: Metadata, config: Config, fingerprint: str, workdi
             )
     if metadata.fingerprint != fingerprint:
         raise UserError(
-            f"the text {config.data.path or 'input.txt'} has changed since {workdir} was trained: "
+            f"{workdir} was trained on another text than {config.data.path or 'the default text'}: "
             f"fingerprint {metadata.fingerprint[:12]} then, {fingerprint[:12]} now; restore the old text, or "
             f"start another run with another --workdir"
         )

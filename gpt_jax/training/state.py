@@ -77,9 +77,8 @@ def init_state(
 
 
 def _is_masked(leaf: Any) -> bool:
-    return isinstance(
-        leaf, optax.MaskedNode
-    )  # in place of parameters that this part of an optimizer does not update
+    # It stands for parameters that this part of the optimizer does not update.
+    return isinstance(leaf, optax.MaskedNode)
 
 
 def _with_sharding(leaf: Any, sharding: Any) -> Any:
