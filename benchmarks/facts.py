@@ -38,7 +38,7 @@ def versions(python: str, *packages: str) -> dict[str, str | None]:
 def commit() -> str | None:
     """The commit of this checkout, with "+changes" where files differ from it; None where git knows none.
 
-    What benchmarks leave in `benchmarks/results` is no change: they would mark their own later steps.
+    Changes in `benchmarks/results` do not count.
     """
     try:
         changes = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")

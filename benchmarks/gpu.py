@@ -85,7 +85,7 @@ class Bench:
         environment: Mapping[str, str] | None = None,
         folder: Path | None = None,
     ) -> str:
-        """Run a command to its end; what it said."""
+        """Run a command to its end; its output."""
         with log.open("w", encoding="utf-8") as file:
             status = subprocess.run(
                 command,
@@ -306,7 +306,7 @@ def summary(bench: Bench) -> int:
         results[name] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else missing
     failed = [name for name, result in results.items() if not result["ok"]]
     _write(bench.out / "summary.json", {"ok": not failed, "dry": bench.dry, "failed": failed, **results})
-    print(f"{bench.out / 'summary.json'}: " + (f"failed: {', '.join(failed)}" if failed else "all is there"))
+    print(f"{bench.out / 'summary.json'}: " + (f"failed: {', '.join(failed)}" if failed else "complete"))
     return int(bool(failed))
 
 

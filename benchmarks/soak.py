@@ -52,7 +52,7 @@ def disturbed_run(
             counts["second signals"] += alive
         counts["kills" if number == signal.SIGKILL else "signals"] += alive
         status = training.wait()
-        early = "compile" not in training.output  # before its handlers stand, a signal simply ends it
+        early = "compile" not in training.output  # before its handlers are installed, a signal kills it
         allowed = EXPECTED[number] | ({-number} if early or twice else set()) | ({1, 130} if early else set())
         if status not in allowed:
             problems.append(f"status {status} after {number.name}: {training.output[-2000:]}")

@@ -57,8 +57,8 @@ def test_line_ends_and_every_plane_of_unicode_survive(tmp_path):
     [
         (None, "does not exist"),
         (b"", "has 0 characters"),
-        (b"short", "has 5 characters: its training split of 4 is shorter than one window"),
-        (b"a" * 60, "validation split of 6 is shorter"),
+        (b"short", "has 5 characters: its training split of 4 tokens is shorter than one window"),
+        (b"a" * 60, "validation split of 6 tokens is shorter"),
         (b"caf\xe9 " * 50, "is not UTF-8: byte 0xe9 at offset 3"),
     ],
 )

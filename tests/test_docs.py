@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
@@ -19,21 +20,22 @@ PAGES = [
 ]
 
 
-MARK = "# not run by the tests"
+MARK = "not run by the tests"
 
 
 def command_lines(page):
     """The commands in the indented blocks of a page, with whether they are marked as not run.
 
-    Continued lines are joined. A mark is a comment at the end of a line, or the first line of a block.
+    Continued lines are joined. A mark is a comment at the end of a line, or above a block.
     """
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     found = []
-    for block in re.findall(r"(?:^    .*\n)+", text, re.MULTILINE):
-        lines = [line.strip() for line in block.splitlines()]
-        for line in lines:
+    for block in re.finditer(r"(?:^    .*\n)+", text, re.MULTILINE):
+        above = text[: block.start()].rstrip().rpartition("\n")[2]
+        for line in map(str.strip, block[0].splitlines()):
             if re.match(r"!?(python|pip|pytest) ", line):
-                found.append((re.split(r" +#", line)[0].lstrip("!"), MARK in line or lines[0] == MARK))
+                marked = f"# {MARK}" in line or above == f"<!-- {MARK} -->"
+                found.append((re.split(r" +#", line)[0].lstrip("!"), marked))
     return found
 
 
@@ -120,6 +122,16 @@ def run_command(command, folder):
             env=os.environ | {"PYTHONPATH": str(folder)}, encoding="utf-8",
         )  # fmt: skip
         assert done.returncode == 0, f"{part}\n{done.stdout}{done.stderr}"
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_works(clone):
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    lines = re.search(r"(?:^    .*\n)+", text[text.index("    import gpt_jax") :], re.MULTILINE)[0]
+    code = textwrap.dedent(lines).replace("artifacts/shakespeare_cpu", "artifacts/smoke").replace("500", "5")
+    assert code.count("model.") == 4
+    environment = os.environ | {"PYTHONPATH": str(clone)}
+    subprocess.run([sys.executable, "-c", code], cwd=clone, env=environment, check=True)
 
 
 @pytest.mark.slow

@@ -51,8 +51,8 @@ def load_corpus(path: Path, context: int, train_fraction: float) -> Corpus:
         if len(tokens_N) < context + 1:
             raise UserError(
                 f"{path} has {len(text):,} characters: its {split} split of {len(tokens_N):,} tokens is "
-                f"shorter than one window of model.context + 1 = {context + 1}; use a longer text or a shorter "
-                f"context"
+                f"shorter than one window of model.context + 1 = {context + 1}; use a longer text or a "
+                f"shorter context"
             )
     fingerprint = hashlib.sha256((digest + tokenizer.to_json()).encode()).hexdigest()
     return Corpus(train, val, tokenizer, fingerprint, text[n_train:], len(text))
