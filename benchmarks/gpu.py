@@ -167,7 +167,8 @@ def describe(workdir: Path, result: Result) -> None:
     if (workdir / "run.json").exists():
         facts = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
         result |= {name: facts[name] for name in ("device", "dtype", "parameters")}
-        result["compile_seconds"] = facts["compile_seconds"]["training steps"]
+        if seconds := facts["compile_seconds"].get("training steps"):
+            result["compile_seconds"] = seconds
     evaluations: list[Result] = []
     result["evaluations"] = evaluations
     records = read_metrics(workdir / "metrics.jsonl")

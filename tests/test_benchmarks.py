@@ -189,9 +189,9 @@ def test_gpu_steps_that_fail_say_why_and_the_summary_says_which(tmp_path):
 
 def test_a_gpu_step_whose_time_is_over_leaves_what_it_has(tmp_path):
     step = subprocess.Popen([*map(str, gpu_step("record_5", tmp_path))], stdout=subprocess.PIPE)
-    log = tmp_path / "record_5.log"
+    run_facts = tmp_path / "record_5" / "run.json"
     deadline = time.monotonic() + 100
-    while not (log.exists() and "parameters" in log.read_text(encoding="utf-8")):
+    while not run_facts.exists():
         assert step.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     step.terminate()  # as `timeout` does

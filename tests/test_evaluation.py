@@ -168,7 +168,7 @@ def test_any_tokenizer_will_do():
         (lambda run: run.logits(""), "text of 0 tokens must have 1 to 16"),
         (lambda run: run.logits("t" * 17), "text of 17 tokens must have 1 to 16"),
         (lambda run: run.loss("t"), "must have 2 or more"),
-        (lambda run: gpt_jax.load("nowhere"), "no trained model in nowhere: train one with"),
+        (lambda run: gpt_jax.load("nowhere"), "no trained model in nowhere: name another folder"),
         (
             lambda run: gpt_jax.load("nowhere", which="first"),
             "which = 'first' must be 'best' or 'last'",

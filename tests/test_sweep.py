@@ -104,10 +104,10 @@ def test_the_table_has_means_and_spreads(tmp_path):
             ("--config", SMOKE, "--out", "no/folder/x.jsonl"),
             "out = no/folder/x.jsonl cannot be written: No such",
         ),
-        (("--config", SMOKE, "--out", "torn.jsonl"), "out = torn.jsonl: line 2 is no run: delete it"),
-        (("--out", "other.jsonl", "--show"), "out = other.jsonl: line 1 is no run: delete it"),
+        (("--config", SMOKE, "--out", "torn.jsonl"), "out = torn.jsonl: line 2 is not a run: delete it"),
+        (("--out", "other.jsonl", "--show"), "out = other.jsonl: line 1 is not a run: delete it"),
         (("--config", SMOKE, "--out", "x.jsonl", "--together", "0"), "together = 0 must be 1 or above"),
-        (("--config", SMOKE, "--out", "x.jsonl", "--variant", "n_layer"), "'n_layer' is no setting"),
+        (("--config", SMOKE, "--out", "x.jsonl", "--variant", "n_layer"), "'n_layer' is not a setting"),
         (("--out", "x.jsonl"), "--config is missing"),
     ],
 )
