@@ -309,7 +309,7 @@ def test_more_than_ten_layers_are_stacked_in_their_order():
     jax.tree.map(np.testing.assert_array_equal, stack_layers(unstack_layers(params)), params)
 
 
-def test_a_cache_needs_one_tree_a_layer():
+def test_a_cache_needs_unstacked_parameters():
     config = small_model()
     with pytest.raises(ValueError, match="unstack_layers"):
         apply(GPT(config, VOCAB), make_params(config), random_tokens(1, 2), empty_cache(config, VOCAB, 1))
