@@ -1,4 +1,4 @@
-"""The lock of a run's folder, on file systems that refuse one. tests/test_faults_runs.py has two real trainers."""
+"""The lock of a run's folder, if a file system refuses one. Two real trainers: tests/test_faults_runs.py."""
 
 import errno
 import os
