@@ -5,7 +5,6 @@ checkpoint safe: a checksum of every file, a rename to the final name only after
 and deletion of older checkpoints only after that.
 """
 
-import gc
 import json
 import logging
 import math
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 import jax
@@ -106,7 +106,7 @@ class Checkpoints:
             self.wait()
         finally:
             self._background.shutdown()
-            with _quiet_orbax(), suppress(Exception):  # the same failure again, which `wait` has raised
+            with suppress(Exception), _quiet_orbax():  # the same failure again, which `wait` has raised
                 self._orbax.close()
 
     def metadata(self, step: int) -> dict[str, Any]:
@@ -316,33 +316,60 @@ def read_metadata(checkpoints: Checkpoints, step: int) -> Metadata:
 
 def _read(folder: Path, function: Callable[[], T]) -> T:
     """Let Orbax read something; any exception from it is damage of the checkpoint in `folder`."""
-    with _quiet_orbax():
-        try:
+    try:
+        with _quiet_orbax():
             return function()
-        except Exception as error:  # Orbax and its storage raise many types
-            problem = _one_line(error)
-        # When one part of a read fails, Orbax abandons the others. Python warns when it deletes these.
-        former, sys.unraisablehook = sys.unraisablehook, lambda _: None
-        gc.collect()
-        sys.unraisablehook = former
-    raise DamagedError(f"checkpoint {folder} cannot be read: {problem}")
+    except Exception as error:  # Orbax and its storage raise many types
+        raise DamagedError(f"checkpoint {folder} cannot be read: {_one_line(error)}") from None
+
+
+class _Quiet:
+    """Hides warnings and errors in Orbax's log, and what Python says of tasks that Orbax abandoned."""
+
+    def __init__(self) -> None:
+        self.users = 0
+        self.lock = Lock()
+        self.hook: Callable[[Any], None] = sys.unraisablehook
+
+    def start(self) -> None:
+        with self.lock:
+            self.users += 1
+            if self.users == 1:
+                self.hook, sys.unraisablehook = sys.unraisablehook, self.show_others
+                for name in ("absl", "asyncio"):
+                    logging.getLogger(name).addFilter(self.is_minor)
+
+    def stop(self) -> None:
+        with self.lock:
+            self.users -= 1
+            if self.users == 0:
+                sys.unraisablehook = self.hook
+                for name in ("absl", "asyncio"):
+                    logging.getLogger(name).removeFilter(self.is_minor)
+
+    @staticmethod
+    def is_minor(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.WARNING
+
+    def show_others(self, event: Any) -> None:
+        code = getattr(event.object, "cr_code", None)
+        is_orbax = code is not None and "orbax" in code.co_filename
+        if not is_orbax and str(event.exc_value) != "Event loop is closed":
+            self.hook(event)
+
+
+_QUIET = _Quiet()
 
 
 @contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Hide warnings and errors in Orbax's log; what matters, it also raises."""
+    """Use Orbax without its log; what matters, it also raises.
 
-    def hide(record: logging.LogRecord) -> bool:
-        return record.levelno < logging.WARNING
-
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    for logger in loggers:
-        logger.addFilter(hide)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(hide)
+    After an error it stays quiet: the threads and tasks that Orbax leaves behind go on logging.
+    """
+    _QUIET.start()
+    yield
+    _QUIET.stop()
 
 
 def _is_step(name: str) -> bool:
