@@ -72,7 +72,7 @@ BROKEN = {
     "the decay": ("model.layers", "is_matrix", "lambda params: jax.tree.map(lambda _: False, params)"),
     "the clipping": (
         "training.optimizer", "make_optimizer",
-        "lambda c, n: f(type(c)(**vars(c) | {'clip_norm': 10 * c.clip_norm}), n)",
+        "lambda c, steps: f(type(c)(**vars(c) | {'clip_norm': 10 * c.clip_norm}), steps)",
     ),
     "the schedule": ("training.optimizer", "make_schedule", "lambda c, n, peak: f(c, 2 * n, peak)"),
     "the batches": ("data.batches", "train_batch", "lambda *a, **k: f(*a, **k)[:1] * 2"),
