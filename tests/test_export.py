@@ -395,6 +395,26 @@ def test_an_older_model_is_replaced_and_nothing_else(trained, copy, tmp_path):
     assert (copy / "notes.txt").read_text(encoding="utf-8") == "mine"
 
 
+@pytest.mark.parametrize("content", [b"not safetensors", None])
+def test_a_folder_of_another_program_is_not_replaced(trained, tmp_path, content):
+    """Others use the file names of format version 1."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    save_file({"x": np.zeros(3)}, folder / "model.safetensors")
+    if content is not None:
+        (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="other holds other files, such as config.json: name a new folder"):
+        export(trained, folder)
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_a_model_of_version_1_is_replaced(trained, tmp_path):
+    folder = shutil.copytree(REPOSITORY / "tests" / "data" / "export_v1", tmp_path / "old")
+    export(trained, folder)
+    assert {path.name for path in folder.iterdir()} == {*FILES}
+
+
 def test_nothing_is_trained_over_it(trained, copy):
     before = {path: path.read_bytes() for path in copy.iterdir()}
     with pytest.raises(UserError, match="holds an exported model: choose another with --workdir"):

@@ -56,9 +56,7 @@ def check_replaceable(folder: Path) -> None:
         UserError: `folder` is not a folder, or holds other files.
     """
     if folder.is_dir():
-        # Other programs use the file names of version 1 too: such a folder may be replaced only if it is
-        # ours.
-        known = FILES_1 if _is_version_1(folder) and _read_header_1(folder) else FILES
+        known = FILES_1 if _is_ours_1(folder) else FILES
         others = sorted({path.name for path in folder.iterdir()} - {*known})
         if others:
             raise UserError(f"out = {folder} holds other files, such as {others[0]}: name a new folder")
@@ -140,6 +138,14 @@ def _is_version_1(folder: Path) -> bool:
     return not new and not (folder / MODEL).exists() and (old or (folder / TOKENIZER_1).exists())
 
 
+def _is_ours_1(folder: Path) -> bool:
+    """Whether it is a whole model of version 1; other programs use the same file names."""
+    try:
+        return _is_version_1(folder) and _read_header_1(folder) is not None
+    except (UserError, OSError, ValueError, RecursionError, SafetensorError):
+        return False
+
+
 def _read_header_1(folder: Path) -> dict[str, Any] | None:
     """What version 1 wrote into the header of its arrays; None where another program wrote them."""
     if not (folder / PARAMS_1).is_file():
@@ -150,7 +156,7 @@ def _read_header_1(folder: Path) -> dict[str, Any] | None:
 
 
 def _read_version_1(folder: Path) -> tuple[Metadata, Params]:
-    """Three files; the step, loss and checksum are in the header of the arrays; one tree a layer."""
+    """Three files; the step, loss and checksum are in the header of the arrays; the layers are unstacked."""
     with _named(folder / CONFIG_1) as path:
         config = _read_json(path)
     with _named(folder / TOKENIZER_1) as path:

@@ -1,7 +1,7 @@
 """The version of the format of checkpoints and exported models, and how older versions are read.
 
 Version 1 (until November 2026) had no `format_version`, other names for some settings, and exported models
-with one tree a layer. To change the format: raise `FORMAT_VERSION`, add a function to `MIGRATIONS` that turns
+with unstacked layers. To change the format: raise `FORMAT_VERSION`, add a function to `MIGRATIONS` that turns
 the metadata of the version before into the new one, rename arrays in `RENAMED_ARRAYS`, and keep a small
 checkpoint and a small exported model of the new version in tests/data/.
 """

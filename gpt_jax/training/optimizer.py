@@ -1,5 +1,6 @@
 """The learning-rate schedule and the optimizer, composed from optax's parts."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -49,16 +50,10 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         steps: of the whole run.
     """
     schedule = make_schedule(config, steps, config.learning_rate)
+    adamw = partial(optax.adamw, schedule, b1=config.b1, b2=config.b2, eps=config.eps, mask=is_matrix)
     match config.name:
         case "adamw":
-            optimizer = optax.adamw(
-                schedule,
-                b1=config.b1,
-                b2=config.b2,
-                eps=config.eps,
-                weight_decay=config.weight_decay,
-                mask=is_matrix,
-            )
+            optimizer = adamw(weight_decay=config.weight_decay)
         case "muon":
             muon = optax.contrib.muon(
                 make_schedule(config, steps, config.muon_learning_rate),
@@ -68,15 +63,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
                 muon_weight_dimension_numbers=_muon_axes,
             )
             # Not the Adam within optax's Muon: that one would decay norms as well.
-            adam = optax.adamw(
-                schedule,
-                b1=config.b1,
-                b2=config.b2,
-                eps=config.eps,
-                weight_decay=config.embedding_decay,
-                mask=is_matrix,
-                nesterov=True,  # as Muon's own momentum
-            )
+            adam = adamw(weight_decay=config.embedding_decay, nesterov=True)  # as Muon's own momentum
             optimizer = optax.partition({"muon": muon, "adam": adam}, _muon_or_adam)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     optimizer = optax.chain(clip, optimizer)
