@@ -404,7 +404,7 @@ def test_a_folder_of_another_program_is_not_replaced(trained, tmp_path, content)
     save_file({"x": np.zeros(3)}, folder / "model.safetensors")
     if content is not None:
         (folder / "model.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match="other holds other files, such as config.json: name a new folder"):
+    with pytest.raises(UserError, match=r"other holds other files, such as config.json: name a new folder"):
         export(trained, folder)
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
 
