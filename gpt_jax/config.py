@@ -156,7 +156,11 @@ class TrainConfig:
     # about 1,024 tokens, which need less memory and, since they fit its caches, less time. A run keeps the
     # number that it began with, because each micro-batch has its own dropout masks.
     grad_accum_steps: int = 0
-    eval_every: int = 250  # steps between evaluations of the whole validation split
+    eval_every: int = 250  # steps between evaluations
+    # Evaluate on the first `eval_tokens` tokens of the validation split; at the end of the run, the last and
+    # the best checkpoint are evaluated on all of it. 0: always on all of it.
+    eval_tokens: int = 0
+    patience: int = 0  # stop after this many evaluations without a new best loss; 0: never
     log_every: int = 10  # steps between lines of metrics.jsonl
     save_minutes: float = 5.0  # save at least this often, besides the checkpoint at each evaluation
     sample_length: int = 200  # tokens of sample text at each evaluation; 0: none
@@ -164,7 +168,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "train", "steps", "batch_size", "eval_every", "log_every", "save_minutes")
-        _not_negative(self, "train", "grad_accum_steps", "sample_length")
+        _not_negative(self, "train", "grad_accum_steps", "sample_length", "eval_tokens", "patience")
+        if self.eval_tokens == 1:
+            raise UserError("train.eval_tokens = 1 must be 2 or more, since the first token is not predicted")
         if self.grad_accum_steps and self.batch_size % self.grad_accum_steps:
             raise UserError(
                 f"train.batch_size = {self.batch_size} cannot be split into train.grad_accum_steps = "
@@ -204,12 +210,12 @@ class Config:
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} is longer than the run: "
                 f"train.steps = {self.train.steps}"
             )
-        micro_batch = self.train.batch_size // max(self.train.grad_accum_steps, 1)
         shards = max(self.mesh.data, 1) * self.mesh.fsdp
-        _divides(shards, "mesh.data x mesh.fsdp", micro_batch, "windows of a (micro-)batch")
-        _divides(self.mesh.fsdp, "mesh.fsdp", self.model.d_model, "channels of model.d_model")
-        _divides(self.mesh.tensor, "mesh.tensor", self.model.n_head, "heads of model.n_head")
-        _divides(self.mesh.tensor, "mesh.tensor", self.model.mlp_width, "channels of the MLP")
+        devices = f"mesh.data x mesh.fsdp = {shards} devices"
+        check_batch_split(self.train, shards, devices, "or smaller values of these two")
+        _divides(self.mesh.fsdp, "mesh.fsdp", self.model.d_model, "model.d_model")
+        _divides(self.mesh.tensor, "mesh.tensor", self.model.n_head, "model.n_head")
+        _divides(self.mesh.tensor, "mesh.tensor", self.model.mlp_width, "the MLP width, model.d_mlp")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any] | ml_collections.ConfigDict) -> "Config":
@@ -238,6 +244,33 @@ class Config:
     def to_config_dict(self) -> ml_collections.ConfigDict:
         """A `ConfigDict` with every key, so that config files and the command line can override each."""
         return ml_collections.ConfigDict(self.to_dict())
+
+
+def check_batch_split(train: TrainConfig, n_shards: int, devices: str, advice: str) -> None:
+    """Check that devices can share a micro-batch equally.
+
+    Args:
+        train: the settings.
+        n_shards: how many devices.
+        devices: the same in words.
+        advice: how to use fewer.
+
+    Raises:
+        UserError: they cannot.
+    """
+    batch_size, n_steps = train.batch_size, max(train.grad_accum_steps, 1)
+    if batch_size // n_steps % n_shards == 0:
+        return
+    batch, fix = f"train.batch_size = {batch_size}", f"use a multiple of {n_shards * n_steps}"
+    if n_steps > 1:
+        batch = (
+            f"a micro-batch of train.batch_size / train.grad_accum_steps = {batch_size} / {n_steps} = "
+            f"{batch_size // n_steps}"
+        )
+        fix += " as train.batch_size"
+        if batch_size % n_shards == 0:
+            fix = f"use --config.train.grad_accum_steps={math.gcd(batch_size // n_shards, n_steps)}"
+    raise UserError(f"{batch} cannot be split equally over {devices}: {fix}, {advice}")
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -327,6 +360,9 @@ def _fraction(config: Any, group: str, *names: str) -> None:
             raise UserError(f"{group}.{name} = {getattr(config, name)} must lie in [0, 1)")
 
 
-def _divides(divisor: int, divisor_name: str, number: int, what: str) -> None:
+def _divides(divisor: int, divisor_name: str, number: int, name: str) -> None:
     if number % divisor:
-        raise UserError(f"{divisor_name} = {divisor} does not divide the {number} {what}")
+        raise UserError(
+            f"{name} = {number} cannot be split equally over {divisor_name} = {divisor} devices: use a "
+            f"multiple of {divisor}, or another {divisor_name}"
+        )

@@ -48,8 +48,17 @@ def nested(key, value):
             7,
             "train.batch_size = 64 cannot be split into train.grad_accum_steps",
         ),
-        ("mesh.tensor", 4, "mesh.tensor = 4 does not divide the 6 heads"),
-        ("mesh.fsdp", 5, "mesh.fsdp = 5 does not divide the 64 windows"),
+        ("mesh.tensor", 4, "model.n_head = 6 cannot be split equally over mesh.tensor = 4 devices"),
+        (
+            "mesh.fsdp",
+            5,
+            "train.batch_size = 64 cannot be split equally over mesh.data x mesh.fsdp = 5 devices",
+        ),
+        (
+            "mesh.data",
+            128,
+            "over mesh.data x mesh.fsdp = 128 devices: use a multiple of 128, or smaller values",
+        ),
         ("seed", -1, "seed = -1 must lie in"),
     ],
 )

@@ -64,8 +64,39 @@ def test_a_trained_model_reads_back(trained):
     assert result.n_tokens == result.n_characters == 264 - 1
     assert result.loss == pytest.approx(records[run.step]["val_loss"], rel=1e-5)
     assert result.bits_per_character == pytest.approx(records[run.step]["val_bpc"], rel=1e-5)
+    assert result.text == f"validation split of {trained / 'text.txt'}"
+    assert run.loss_of_tokens(run.tokenizer.encode("the quick")) == run.loss("the quick")
 
-    assert evaluate(run, trained / "text.txt").n_tokens == 2640 - 1
+
+def test_any_copy_of_the_own_text_means_its_validation_split_and_another_text_all_of_it(trained, tmp_path):
+    run, own = gpt_jax.load(trained / "run"), trained / "text.txt"
+    copy = tmp_path / "copy.txt"
+    copy.write_bytes(own.read_bytes())
+    assert evaluate(run, own) == evaluate(run)
+    assert evaluate(run, copy) == replace(evaluate(run), text=f"validation split of {copy}")
+
+    copy.write_bytes(own.read_bytes() + b"the end")
+    result = evaluate(run, copy)
+    assert (result.text, result.n_tokens) == (str(copy), 2640 + 7 - 1)
+    assert result.loss == run.loss(copy.read_text(encoding="utf-8"))
+
+
+def test_a_text_that_has_moved_can_be_named(trained, tmp_path):
+    run = gpt_jax.load(trained / "run")
+    path = text_file(run.config.data)
+    moved = path.rename(tmp_path / "moved.txt")
+    try:
+        with pytest.raises(UserError) as error:
+            evaluate(run)
+        assert str(error.value) == (
+            f"text file {path} does not exist: say where it is now with --text FILE; its fingerprint will be "
+            f"compared"
+        )
+        assert evaluate(run, moved).n_tokens == 264 - 1
+    finally:
+        moved.rename(path)
+    with pytest.raises(UserError, match=r"nowhere.txt does not exist: give the path of a UTF-8 text file$"):
+        evaluate(run, tmp_path / "nowhere.txt")
 
 
 def test_the_python_face(trained):
@@ -160,7 +191,10 @@ def test_any_tokenizer_will_do():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda run: run.generate("THE"), "unknown characters: 'E' 'H' 'T'"),
+        (
+            lambda run: run.generate("THE"),
+            "unknown characters: 'E' .nearest known: 'e'., 'H' .nearest known: 'h'., 'T'",
+        ),
         (lambda run: run.generate("the", length=-1), "length = -1 must be 0 or above"),
         (lambda run: run.generate("the", top_k=0), "top_k = 0 must be 1 or above"),
         (lambda run: run.generate("the", window="rolling"), "window = 'rolling' must be one of"),
@@ -208,8 +242,9 @@ def test_evaluating_on_a_changed_text_is_refused(trained, tmp_path):
     path = text_file(run.config.data)
     old = path.read_bytes()
     try:
-        path.write_bytes(old + b"more")
-        with pytest.raises(UserError, match="is not the text that this run was trained on"):
-            evaluate(run)
+        for changed in (old + b"more", old[:9], b"\xff"):  # also one that could not be trained on
+            path.write_bytes(changed)
+            with pytest.raises(UserError, match="is not the text that this run was trained on: fingerprint"):
+                evaluate(run)
     finally:
         path.write_bytes(old)

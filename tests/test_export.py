@@ -126,6 +126,7 @@ def test_the_card_comes_from_the_run(trained, model):
     assert str(text_file(trained.config.data).parent) not in card  # no other machine has it there
 
 
+@pytest.mark.slow
 def test_the_command_in_the_card_makes_the_run(trained, tmp_path):
     """The nearest config file, and what differs from it."""
     command = training_command(trained.config).split()
@@ -199,6 +200,7 @@ def test_a_fresh_clone_samples_from_the_model_that_comes_with_it(trained, model,
     assert done.stderr.startswith(f"{clone / 'artifacts' / 'mine'}, best checkpoint, step ")
 
 
+@pytest.mark.slow
 def test_the_model_that_comes_with_the_code():
     folder = REPOSITORY / "artifacts" / "pretrained"
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 25 * 10**6
@@ -458,6 +460,27 @@ def test_one_of_both_models_is_there(trained, copy, tmp_path, monkeypatch, error
         export(trained, copy)
     assert (copy / PARAMS).read_bytes() == (new if renamed else old)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_text_that_has_moved_can_be_named(trained, model, tmp_path):
+    path = text_file(trained.config.data)
+    other = tmp_path / "other.txt"
+    other.write_bytes(path.read_bytes() + b"more")
+    moved = path.rename(tmp_path / "moved.txt")
+    command = ("-m", "gpt_jax.export", "--workdir", path.parent / "run", "--out", tmp_path / "model")
+    module = {"PYTHONPATH": str(REPOSITORY)}
+    try:
+        done = program(*command, cwd=tmp_path, **module)
+        message = f"error: text file {path} does not exist: say where it is now with --text FILE; its"
+        assert done.returncode == 2 and done.stderr.startswith(message), done.stderr
+        with pytest.raises(UserError, match=r"other.txt is not the text that this run was trained on"):
+            export(trained, tmp_path / "model", text=other)
+        assert not (tmp_path / "model").exists()
+        done = program(*command, "--text", "moved.txt", cwd=tmp_path, **module)
+        assert done.returncode == 0, done.stderr
+    finally:
+        moved.rename(path)
+    assert (tmp_path / "model" / PARAMS).read_bytes() == (model / PARAMS).read_bytes()
 
 
 def test_what_cannot_be_exported(trained, tmp_path):

@@ -51,7 +51,7 @@ def test_an_old_model_is_read_and_sampled(name):
     step, val_loss, text = OLD_MODELS[name]
     model = gpt_jax.load(DATA / name)
     assert model.step == step
-    assert model.loss(read_text(DATA / "text.txt")[0][VALIDATION]) == pytest.approx(val_loss, abs=1e-5)
+    assert model.loss(read_text(DATA / "text.txt")[VALIDATION]) == pytest.approx(val_loss, abs=1e-5)
     assert "to be" + model.generate("to be", length=40, greedy=True) == text
 
 
@@ -81,7 +81,7 @@ def test_an_old_run_trains_on_nearly_as_it_would_have(version, tmp_path, capsys)
 def test_an_exported_model_can_be_trained_on(tmp_path):
     """Its parameters have the layout of training: a step of plain gradient descent lowers the loss."""
     model = gpt_jax.load(DATA / "export_v1")
-    ids = model.tokenizer.encode(read_text(DATA / "text.txt")[0])[: 16 * 8].reshape(8, 16)
+    ids = model.tokenizer.encode(read_text(DATA / "text.txt"))[: 16 * 8].reshape(8, 16)
 
     @jax.jit
     def loss_of(params):

@@ -53,6 +53,7 @@ def test_the_wheel_has_every_module_and_nothing_else(wheel):
     assert wheel.name.startswith(f"gpt_jax-{gpt_jax.__version__}-")
 
 
+@pytest.mark.slow
 def test_an_installed_package_trains_and_samples_elsewhere(site, text_file, tmp_path):
     (tmp_path / "artifacts").mkdir()
     shutil.copy(text_file, tmp_path / "artifacts" / "input.txt")
@@ -71,7 +72,10 @@ def test_what_is_missing_elsewhere_is_one_line(site, tmp_path):
     done = run(site, "gpt_jax.train", "--config=smoke.py", *TINY, cwd=tmp_path)
     text = tmp_path / "artifacts" / "input.txt"
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == f"error: text file {text} does not exist: give the path of a UTF-8 text file\n"
+    assert done.stderr == (
+        f"error: text file {text} does not exist: give the path of a UTF-8 text file with "
+        f"--config.data.path=FILE\n"
+    )
     done = run(site, "gpt_jax.sample", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (

@@ -29,13 +29,13 @@ from gpt_jax.config import Config, MeshConfig
 from gpt_jax.costs.chips import GIB, Chip, min_seconds
 from gpt_jax.costs.hlo import Costs, Program
 from gpt_jax.costs.topologies import describe_topology
-from gpt_jax.data.batches import eval_windows
 from gpt_jax.data.corpus import Corpus, load_corpus
 from gpt_jax.errors import RunError, UserError
 from gpt_jax.model.layers import Params
 from gpt_jax.model.loss import window_losses
 from gpt_jax.model.params import abstract_params, flops_per_token, unstack_layers
 from gpt_jax.model.transformer import GPT
+from gpt_jax.monitor.terminal import LoadingBar
 from gpt_jax.parallel.devices import resolve_model
 from gpt_jax.parallel.mesh import make_mesh, platform_of, replicated
 from gpt_jax.sampling.generate import chunk_length, decode, prefill
@@ -115,17 +115,17 @@ def list_jobs(config: Config, corpus: Corpus, mesh: Mesh, rows: int) -> Iterator
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state = abstract_state(model, optimizer, config.optimizer.ema_decay > 0, mesh)
     tokens_N = jax.ShapeDtypeStruct(corpus.train.shape, corpus.train.dtype, sharding=everywhere)
-    train_steps = make_train_steps(config, model, optimizer, state, MAX_STEPS_PER_CALL)
-    lower_training = partial(train_steps.lower, state, tokens_N, np.uint32(0), np.int32(1))
+    train_steps = make_train_steps(config, model, state, MAX_STEPS_PER_CALL)
+    lower_training = partial(train_steps.lower, state, tokens_N, np.uint32(0), np.int32(1), np.int32(1))
     yield Job("train", "a step", 1, config.train.batch_size * context / mesh.size, lower_training)
 
     batch_size = config.train.batch_size // config.train.grad_accum_steps
-    windows = [
-        jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=everywhere)
-        for part in eval_windows(corpus.val, context, batch_size)
+    windows_BxT = [
+        jax.ShapeDtypeStruct((batch_size, context), dtype, sharding=everywhere)
+        for dtype in (np.int32, np.int32, np.bool_)
     ]
-    lower_evaluation = partial(window_losses.lower, model, state.eval_params, *windows)
-    yield Job("evaluation", "a validation split", 1, windows[0].size / mesh.size, lower_evaluation)
+    lower_evaluation = partial(window_losses.lower, model, state.eval_params, *windows_BxT)
+    yield Job("evaluation", "a batch", 1, batch_size * context / mesh.size, lower_evaluation)
 
     one = make_mesh(MeshConfig(), list(mesh.devices.flat[:1]))
     sampler = GPT(config.model, vocab_size, mesh=one)
@@ -233,7 +233,9 @@ def main() -> int:
     mesh = make_mesh(config.mesh, devices)
     platform = platform_of(mesh)
     config = resolve(replace(config, model=resolve_model(config.model, platform)), mesh)
-    corpus = load_corpus(text_file(config.data), config.model.context, config.data.train_fraction)
+    with LoadingBar(sys.stderr) as progress:
+        data = config.data
+        corpus = load_corpus(text_file(data), config.model.context, data.train_fraction, progress)
     shape = " x ".join(f"{size} {axis}" for axis, size in mesh.shape.items())
     print(
         f"target     {mesh.size} x {chip.name} ({chip.memory / GIB:.0f} GiB, {chip.flops / 1e12:,.0f} "

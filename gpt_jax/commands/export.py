@@ -4,7 +4,6 @@ The folder takes a few megabytes and can be committed. It is read like a run: sa
 gpt_jax.load, python -m gpt_jax.evaluate. `interchange/model_folder.py` describes its files.
 """
 
-import argparse
 import runpy
 import shlex
 from contextlib import suppress
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt_jax.commands.arguments import ArgumentParser
 from gpt_jax.commands.evaluate import corpus_of
 from gpt_jax.commands.paths import CHECKOUT, newest_run, relative_to_root
 from gpt_jax.config import Config, flatten
@@ -27,30 +27,43 @@ from gpt_jax.model.params import name_leaves
 from gpt_jax.storage.compilation_cache import compiling_on_stderr, use_compilation_cache
 
 
-def export(model: TrainedModel, out: Path, dtype: str = "float32") -> TrainedModel:
+def export(model: TrainedModel, out: Path, dtype: str = "float32", text: Path | None = None) -> TrainedModel:
     """Write a model to a folder, with a card whose loss is that of the parameters as they are stored.
 
     Args:
-        model: the model; its text must still be there, for the loss.
+        model: the model.
         out: a new folder, or one with an exported model, which is replaced.
         dtype: "float32", or "float16" for half the size.
+        text: where the text is that it was trained on, for the loss; None: where training read it.
 
     Returns:
         What was written.
 
     Raises:
-        UserError: the text is gone, `out` holds other files, or a parameter is too large for float16.
+        UserError: the text is gone or another one, `out` holds other files, or a parameter is too large for
+            float16.
         RunError: `out` cannot be written.
     """
     check_replaceable(out)  # before the loss, which takes a while
-    corpus = corpus_of(model)
+    corpus = corpus_of(model, text)
+    model = _with_its_length(model)
     stored = as_stored(model.params, dtype)
     model = replace(model, params=jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), stored))
-    loss = model.loss(corpus.val_text, compiling_on_stderr)
+    loss = model.loss_of_tokens(corpus.val, compiling_on_stderr)
     model = replace(model, metadata=replace(model.metadata, val_loss=loss))
     card = model_card(model, corpus, _name(out), dtype, training_command(model.config))
     write_exported(out, model.metadata, stored, card)
     return model
+
+
+def _with_its_length(model: TrainedModel) -> TrainedModel:
+    """The model of a run whose length `--minutes` chose, as if its settings had named that length."""
+    steps = model.metadata.total_steps
+    if steps is None:
+        return model
+    config = replace(model.config, train=replace(model.config.train, steps=steps))
+    metadata = replace(model.metadata, config=config, total_steps=None)
+    return replace(model, config=config, metadata=metadata)
 
 
 def as_stored(params: Params, dtype: str) -> Params:
@@ -95,16 +108,17 @@ def _name(out: Path) -> str:
 
 def main() -> int:
     """Parse the flags, export, print."""
-    parser = argparse.ArgumentParser(prog="python -m gpt_jax.export", description=__doc__, allow_abbrev=False)
+    parser = ArgumentParser(prog="python -m gpt_jax.export", description=__doc__)
     parser.add_argument("--workdir", type=Path, help="a run; default: the newest in artifacts/")
     parser.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="float16: half the size")
+    parser.add_argument("--text", type=Path, help="the text that it was trained on, if it has moved")
     flags = parser.parse_args()
     use_compilation_cache()
     workdir, out = flags.workdir or newest_run(), flags.out.expanduser()
     model = load(workdir, flags.which)
-    exported = export(model, out, flags.dtype)
+    exported = export(model, out, flags.dtype, flags.text)
     before = model.metadata.val_loss
     print(f"run        {workdir}, {model.source}, step {model.step:,}")
     print(f"written    {out}/: {', '.join(FILES)}")

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt_jax.config import TrainConfig
-from gpt_jax.errors import UserError
+from gpt_jax.config import TrainConfig, check_batch_split
 
 CPU_TOKENS = 1024  # about the fastest micro-batch on two CPU cores; 256 to 16,384 tokens were tried
 
@@ -25,13 +24,9 @@ def micro_batch_size(train: TrainConfig, context: int, n_shards: int, platform: 
     Raises:
         UserError: they cannot share it equally.
     """
+    # mesh.data = 1 always works: mesh.fsdp alone was checked with the settings.
+    check_batch_split(train, n_shards, f"{n_shards} devices", "or fewer devices with --config.mesh.data=1")
     size = train.batch_size // max(train.grad_accum_steps, 1)
-    if size % n_shards:
-        raise UserError(
-            f"train.batch_size = {train.batch_size} / train.grad_accum_steps = {train.grad_accum_steps} "
-            f"leaves {size} windows, which {n_shards} devices cannot share equally: choose another batch "
-            f"size, or fewer devices with mesh.data"
-        )
     if train.grad_accum_steps or platform != "cpu":
         return size
     fitting = max(CPU_TOKENS // context, 1) * n_shards

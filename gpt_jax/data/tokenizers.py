@@ -5,6 +5,7 @@ To add a tokenizer: write a class with the methods of `Tokenizer`, put the inver
 """
 
 import json
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,17 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from gpt_jax.errors import UserError
+
+CHARACTERS_AT_ONCE = 2**16  # to encode, so that a text needs little more memory than its ids
+MAX_LISTED = 20  # unknown characters in an error
+# Characters that can stand for each other, the one on keyboards first: quotes, dashes, spaces, line ends.
+ALIKE = (
+    "'‘’‚‛′‹›`´",
+    '"“”„‟″«»',
+    "-‐‑‒–—―−",
+    " \t",
+    "\n\r\x85\u2028\u2029",
+)
 
 
 class Tokenizer(Protocol):
@@ -84,27 +96,33 @@ class CharTokenizer:
         return max(self.characters.find("\n"), 0)
 
     @cached_property
-    def _code_points(self) -> np.ndarray:
-        return _code_points(self.characters)
+    def _id_of(self) -> np.ndarray:
+        """Ids by code point, int32: -1 if it is unknown; the last entry is for all code points above."""
+        known = _code_points(self.characters)
+        table = np.full(int(known.max(initial=0)) + 2, -1, np.int32)
+        table[known] = np.arange(self.vocab_size)
+        return table
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`, int32 [T].
 
         Raises:
-            UserError: `text` has characters outside the vocabulary; they are listed.
+            UserError: `text` has characters outside the vocabulary; they are listed, with the nearest in it.
         """
-        code_points = _code_points(text)
-        ids = np.searchsorted(self._code_points, code_points)
-        ids = np.minimum(ids, self.vocab_size - 1)
-        unknown = np.unique(code_points[self._code_points[ids] != code_points])
-        if unknown.size:
-            listed = " ".join(repr(chr(code)) for code in unknown[:20])
-            more = f" and {unknown.size - 20} more" if unknown.size > 20 else ""
+        ids_T = np.empty(len(text), np.int32)
+        unknown: set[str] = set()
+        for begin in range(0, len(text), CHARACTERS_AT_ONCE):
+            code_points = _code_points(text[begin : begin + CHARACTERS_AT_ONCE])
+            ids = self._id_of.take(code_points, mode="clip")
+            unknown.update(map(chr, np.unique(code_points[ids < 0])))
+            ids_T[begin : begin + CHARACTERS_AT_ONCE] = ids
+        if unknown:
+            listed = _list_unknown(unknown, self.characters, text)
             raise UserError(
-                f"unknown characters: {listed}{more}; the vocabulary has the {self.vocab_size} characters of "
-                f"the training text"
+                f"unknown characters: {listed}; the vocabulary has the {self.vocab_size} characters of the "
+                f"training text"
             )
-        return ids.astype(np.int32)
+        return ids_T
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of `ids`, integers [T]."""
@@ -137,3 +155,26 @@ def tokenizer_from_json(text: str) -> Tokenizer:
 
 def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+
+def _list_unknown(unknown: set[str], known: str, text: str) -> str:
+    """Unknown characters of a text, for an error: each with the nearest that is known."""
+    listed = []
+    for character in sorted(unknown)[:MAX_LISTED]:
+        nearest = _nearest(character, known)
+        if character == "\r" and "\r\n" in text and "\n" in known:
+            note = " (the text has Windows line ends, CRLF; the model knows LF only)"
+        else:
+            note = f" (nearest known: {nearest!r})" if nearest else ""
+        listed.append(f"{character!r}{note}")
+    more = len(unknown) - len(listed)
+    return ", ".join(listed) + (f" and {more} more" if more else "")
+
+
+def _nearest(character: str, known: str) -> str:
+    """What could stand for a character, in known ones: a look-alike, no accent, other case; "": nothing."""
+    alike = next((group for group in ALIKE if character in group), "")
+    parts = unicodedata.normalize("NFKD", character)  # makes accents separate, and an ellipsis three dots
+    plain = "".join(part for part in parts if not unicodedata.combining(part))
+    candidates = (*alike, plain, plain.lower(), plain.upper())
+    return next((text for text in candidates if text and set(text) <= set(known)), "")

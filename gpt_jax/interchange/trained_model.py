@@ -103,9 +103,11 @@ class TrainedModel:
         # The model predicts from at least one token.
         ids = self.tokenizer.encode(prompt) if prompt else np.array([self.tokenizer.start_id], np.int32)
         decoders = [self.tokenizer.decoder() for _ in range(num_samples)]
+        # No window reaches further back.
+        end_BxT = np.tile(ids[-self.config.model.context :], (num_samples, 1))
         pieces = generate_tokens(
-            self.module, self.params, np.tile(ids, (num_samples, 1)), length, rules,
-            stream(seed, SAMPLE_STREAM), window,
+            self.module, self.params, end_BxT, length, rules, stream(seed, SAMPLE_STREAM), window,
+            n_before=len(ids) - end_BxT.shape[1],
         )  # fmt: skip
         return ([decode(row) for decode, row in zip(decoders, piece, strict=True)] for piece in pieces)
 
@@ -141,10 +143,17 @@ class TrainedModel:
         Raises:
             UserError: unknown characters, or fewer than two tokens.
         """
-        ids = self.tokenizer.encode(text)
-        if len(ids) < 2:
-            raise UserError(f"text of {len(ids)} token(s) must have 2 or more for a loss")
-        return self._loss_of_tokens(self.params, ids, announce)
+        return self.loss_of_tokens(self.tokenizer.encode(text), announce)
+
+    def loss_of_tokens(self, tokens_N: np.ndarray, announce: Announce = silent) -> float:
+        """`loss` of a text that is encoded already: integer ids [N].
+
+        Raises:
+            UserError: fewer than two tokens.
+        """
+        if len(tokens_N) < 2:
+            raise UserError(f"text of {len(tokens_N)} token(s) must have 2 or more for a loss")
+        return self._loss_of_tokens(self.params, tokens_N, announce)
 
     @cached_property
     def _loss_of_tokens(self) -> LossOfTokens:

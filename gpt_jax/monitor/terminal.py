@@ -1,12 +1,14 @@
-"""The terminal during training: a progress bar, or lines where the output is not a terminal."""
+"""Progress on the terminal: a bar, or lines where the output is not a terminal."""
 
 import os
 import sys
-from typing import Any
+import time
+from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
 from gpt_jax.monitor.metrics import Record
+from gpt_jax.monitor.output import raw, visible
 
 
 class Terminal:
@@ -19,33 +21,35 @@ class Terminal:
         self._steps = steps
         self._begun = ""  # a line whose end has not been written yet
         if sys.stdout.isatty():
-            # A terminal of unknown size reports 0 columns, and tqdm would draw nothing.
-            columns = os.get_terminal_size(sys.stdout.fileno()).columns
-            self._bar = tqdm(
-                total=steps,
-                initial=first_step,
-                file=sys.stdout,
-                unit="step",
-                **({"dynamic_ncols": True} if columns else {"ncols": 80, "nrows": 24}),
-            )
+            self._bar = _bar(sys.stdout, total=steps, initial=first_step, unit="step")
 
     def write(self, text: str, end: str = "\n") -> None:
         """Like `print`, above the bar. A line without an end is shown beside the bar until the rest comes."""
         if self._bar is None:
             print(text, end=end, flush=True)
         elif end:
-            self._bar.write(self._begun + text)
+            # To the bar's own stream: tqdm then takes the bar away first.
+            self._bar.write(visible(self._begun + text), file=raw(sys.stdout))
             self._begun = ""
             self._bar.set_description_str("")
         else:
             self._begun += text
-            self._bar.set_description_str(self._begun)
+            self._bar.set_description_str(visible(self._begun))
 
-    def progress(self, record: Record, val_loss: float | None, seconds_left: float) -> None:
-        """Show the newest numbers of the run."""
+    def set_steps(self, steps: int) -> None:
+        """The run will have so many steps."""
+        self._steps = steps
+        if self._bar is not None:
+            self._bar.total = steps
+            self._bar.refresh()
+
+    def progress(self, record: Record, losses: Record, seconds_left: float) -> None:
+        """Show the newest numbers of the run, and the losses of its newest evaluation."""
+        name = "val_part" if "val_loss_part" in losses else "val"
+        val_loss = losses.get("val_loss_part", losses.get("val_loss"))
         shown = {
             "loss": f"{record['train_loss']:.3f}",
-            "val": "-" if val_loss is None else f"{val_loss:.3f}",
+            name: "-" if val_loss is None else f"{val_loss:.3f}",
             "tok/s": f"{record['tokens_per_second']:,.0f}",
             **({"mfu": f"{record['mfu']:.0%}"} if "mfu" in record else {}),
         }
@@ -62,6 +66,46 @@ class Terminal:
         """Leave the bar as it stands."""
         if self._bar is not None:
             self._bar.close()
+
+
+class LoadingBar:
+    """How much of a text is loaded, to be called with the bytes that are done and all bytes.
+
+    A terminal shows a bar from the first second on; where there is none, a line comes every few seconds. So a
+    small text shows nothing.
+    """
+
+    def __init__(self, stream: TextIO | None = None, seconds_between_lines: float = 5.0):
+        """`stream`: where to; None: stdout."""
+        self._stream = sys.stdout if stream is None else stream
+        self._bar: Any = None
+        self._between = seconds_between_lines
+        self._printed_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show it."""
+        if self._stream.isatty():
+            if self._bar is None:
+                options = {"unit": "B", "unit_scale": True, "delay": 1, "leave": False}
+                self._bar = _bar(self._stream, total=total, desc="text", **options)
+            self._bar.update(done - self._bar.n)
+        elif time.monotonic() - self._printed_at >= self._between:
+            self._printed_at = time.monotonic()
+            print(f"text    {done / total:.0%} of {total:,} bytes loaded", file=self._stream, flush=True)
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _bar(stream: TextIO, **options: Any) -> Any:
+    # A terminal of unknown size reports 0 columns, and tqdm would draw nothing.
+    columns = os.get_terminal_size(stream.fileno()).columns
+    size = {"dynamic_ncols": True} if columns else {"ncols": 80, "nrows": 24}
+    return tqdm(file=raw(stream), **size, **options)
 
 
 def show_time(seconds: float) -> str:
