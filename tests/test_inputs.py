@@ -1,17 +1,26 @@
 """What people put in: texts to train on, prompts and rules to sample by. docs/faults.md has a table of it."""
 
+import fcntl
 import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
+import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import some
 
 import gpt_jax
 from gpt_jax.commands.paths import ROOT as REPOSITORY
-from gpt_jax.commands.sample import write_samples
+from gpt_jax.commands.run_main import READER_PATIENCE
+from gpt_jax.commands.sample import SEPARATOR, write_samples
 from gpt_jax.commands.training_run import train
 from gpt_jax.config import Config
 from gpt_jax.data.corpus import load_corpus, read_text
@@ -24,14 +33,14 @@ LINE = "to be or not to be, that is the question\n"
 
 @pytest.mark.parametrize(
     "data, characters",
-    [
+    some(
+        ("\U0001f600é".encode() * 200, "é\U0001f600"),
         (b"\xef\xbb\xbf" + LINE.encode() * 50, "".join(sorted(set(LINE)))),  # BOM: no part of the text
         (LINE.replace("\n", "\r\n").encode() * 50, "".join(sorted(set(LINE + "\r")))),  # CRLF: two characters
         (b"a\x00b\x00" * 200, "\x00ab"),  # NUL: a character like others
         (b"a" * 400, "a"),  # one character repeated: nothing to learn, and no fault
-        ("\U0001f600é".encode() * 200, "é\U0001f600"),
-    ],
-    ids=["bom", "crlf", "nul", "one character", "beyond ascii"],
+    ),
+    ids=["beyond ascii", "bom", "crlf", "nul", "one character"],
 )
 def test_unusual_texts_train_and_sample(tiny_config, text_file, tmp_path, data, characters):
     text_file.write_bytes(data)
@@ -134,7 +143,7 @@ def test_what_can_be_sampled_and_both_ways_agree(run, tmp_path, arguments):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"prompt": "café"}, "unknown characters: 'c' 'f' 'é'"),
+        ({"prompt": "café"}, "unknown characters: 'c', 'f', 'é' .nearest known: 'e'.; the vocabulary"),
         ({"length": -1}, "length = -1 must be 0 or above"),
         ({"temperature": -0.5}, "temperature = -0.5 must be a number of 0"),
         ({"temperature": float("nan")}, "temperature = nan must be"),
@@ -192,3 +201,130 @@ def test_memory_of_many_characters_is_bounded(run):
     pieces = gpt_jax.load(run).stream("", 10_000_000, make_rules())
     assert sum(len(next(pieces)[0]) for _ in range(20)) < 1000
     assert np.all([len(next(pieces)[0]) <= 32 for _ in range(20)])
+
+
+def test_memory_of_a_long_prompt_does_not_grow_with_the_samples(run, tmp_path):
+    out = tmp_path / "out.txt"
+    arguments = {"length": 5, "num_samples": 30, "show": 0}
+    sample(run, out, prompt=LINE, **arguments)  # compiles
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(LINE * 25_000, encoding="utf-8")
+    tracemalloc.start()
+    flags = {
+        "workdir": run,
+        "which": "last",
+        "prompt": "",
+        "prompt_file": prompt,
+        "seed": 0,
+        "window": "half",
+    }
+    write_samples(rules=make_rules(), out=out, **flags, **arguments)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    n = 25_000 * len(LINE)
+    assert peak < 12 * n  # a copy for each sample would take 30, its ids four times as much
+    assert out.stat().st_size == 30 * (n + 5) + 29 * len(SEPARATOR)
+
+
+@pytest.mark.parametrize(
+    "show, shown",
+    [
+        (0, ""),
+        (3, "... ion{new:.3} ...\n"),
+        (20, "to be, that question{new:.20}\n"),
+        (500, "{prompt}{new}\n"),
+    ],
+)
+def test_what_is_shown_of_prompt_and_text(run, tmp_path, capsys, show, shown):
+    prompt = "to be, that question" if show else LINE * 1000
+    text = sample(run, tmp_path / "out.txt", prompt=prompt, length=20, show=show)
+    new = text.removeprefix(prompt)
+    assert capsys.readouterr().out == shown.format(prompt=prompt, new=new)
+
+
+@pytest.mark.parametrize("prompt", [r"to be\n", r"\tto", r"to\r\nbe"])
+def test_an_escape_in_a_prompt_is_explained(run, tmp_path, prompt):
+    with pytest.raises(UserError, match=r"for a line feed write --prompt \$'ROMEO:\\n', or .* --prompt_file"):
+        sample(run, tmp_path / "out.txt", prompt=prompt)
+    with pytest.raises(UserError, match="unknown characters"):
+        sample(run, tmp_path / "out.txt", prompt="to\\be")
+
+
+def start_sampling(run, out, stdout, *flags):
+    command = [sys.executable, str(REPOSITORY / "sample.py"), "--workdir", run, "--out", out, *flags]
+    return subprocess.Popen(list(map(str, command)), stdout=stdout, stderr=subprocess.PIPE)
+
+
+def wait_until_full(reading, process):
+    """Until text waits in the pipe, and no more comes."""
+    before, now = 0, 0
+    while not now or now != before:
+        assert process.poll() is None
+        time.sleep(0.5)
+        before, now = now, struct.unpack("i", fcntl.ioctl(reading, termios.FIONREAD, b"\0" * 4))[0]
+
+
+@pytest.fixture
+def small_pipe():
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    yield reading, writing
+    os.close(reading)
+
+
+@pytest.mark.slow
+def test_a_reader_who_sleeps_gets_the_whole_text(run, tmp_path, small_pipe):
+    reading, writing = small_pipe
+    process = start_sampling(run, tmp_path / "out.txt", writing, "--length", 9000, "--show", 9000)
+    os.close(writing)
+    wait_until_full(reading, process)
+    time.sleep(READER_PATIENCE + 1)
+    shown = b""
+    while data := os.read(reading, 4096):
+        shown += data
+    assert process.wait(timeout=60) == 0, process.stderr.read()
+    process.stderr.close()
+    assert shown == (tmp_path / "out.txt").read_bytes() + b"\n" and len(shown) == 9001
+
+
+def test_ctrl_c_ends_the_wait_for_a_reader_and_writes_what_there_is(run, tmp_path, small_pipe):
+    reading, writing = small_pipe
+    process = start_sampling(run, tmp_path / "out.txt", writing, "--length", 900_000, "--show", 900_000)
+    os.close(writing)
+    wait_until_full(reading, process)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    text = (tmp_path / "out.txt").read_bytes()
+    assert text.startswith(os.read(reading, 4096)) and 0 < len(text) < 900_000
+
+
+def test_a_terminal_is_not_commanded_by_a_text(tmp_path):
+    """The model knows control characters; a pipe and the file get them, a terminal does not."""
+    (tmp_path / "text.txt").write_text("\x1b[31m\x07ab\n" * 200, encoding="utf-8", newline="")
+    config = {
+        "model": {"n_layer": 1, "n_head": 2, "d_model": 16, "context": 16},
+        "data": {"path": str(tmp_path / "text.txt")},
+        "train": {"steps": 4, "batch_size": 8, "sample_length": 0},
+        "optimizer": {"warmup_steps": 1},
+        "mesh": {"data": 1},
+    }
+    assert train(Config.from_dict(config), tmp_path / "run") == 0
+    controller, terminal = pty.openpty()
+    flags = ("--prompt", "\x1b[31m\x07a", "--length", 100)
+    process = start_sampling(tmp_path / "run", tmp_path / "out.txt", terminal, *flags)
+    os.close(terminal)
+    shown = b""
+    try:
+        while data := os.read(controller, 4096):
+            shown += data
+    except OSError:  # the other end is closed
+        pass
+    os.close(controller)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    text = (tmp_path / "out.txt").read_text(encoding="utf-8")
+    assert text.startswith("\x1b[31m\x07a") and len(text) == 107
+    escaped = text.replace("\x1b", r"\x1b").replace("\x07", r"\x07")
+    assert shown.decode().replace("\r\n", "\n") == escaped + "\n"
+    assert re.search(rf"{tmp_path}/run, best checkpoint", error.decode())

@@ -8,30 +8,44 @@ from typing import NoReturn
 from gpt_jax.errors import RunError, UserError
 from gpt_jax.monitor.output import steady_output
 
+READER_PATIENCE = 5.0  # seconds that training waits for a reader who does not read
 
-def run_main(main: Callable[[], int | None]) -> int:
+
+def run_main(main: Callable[[], int | None], patience: float | None = None) -> int:
     """Call `main`, and turn an error that a user can fix into one line on stderr.
+
+    Args:
+        main: of a command.
+        patience: seconds to wait for a reader who does not read, before text is dropped; None: no text is.
 
     Returns:
         The exit status: what `main` returns (None is 0), or 2 for bad input or a file that cannot be used. A
-        `RunError` ends the process at once, with 1, and Ctrl-C with 130.
+        `RunError` ends the process at once, with 1, and Ctrl-C with 130; a run that a signal stopped, too.
     """
-    with steady_output():
+    with steady_output(patience):
         try:
-            return main() or 0
+            status = main() or 0
+            if status > 128:  # a signal stopped it: a thread may still be compiling
+                _end_at_once(status)
+            return status
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            _print_error(error)
         except RunError as error:
-            print(f"error: {error}", file=sys.stderr)
+            _print_error(error)
             _end_at_once(1)
         except OSError as error:
             if error.filename is None:
                 raise
-            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+            _print_error(f"{error.filename}: {error.strerror}")
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
             _end_at_once(130)
         return 2
+
+
+def _print_error(error: object) -> None:
+    """One line, even if a path in it has two."""
+    print("error: " + str(error).replace("\n", r"\n"), file=sys.stderr)
 
 
 def _end_at_once(status: int) -> NoReturn:

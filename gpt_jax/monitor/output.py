@@ -1,4 +1,4 @@
-"""stdout and stderr that never fail, and never block for long, even if nobody reads them."""
+"""stdout and stderr of a command: they never fail, and a terminal shows control characters escaped."""
 
 import contextlib
 import io
@@ -7,15 +7,36 @@ import select
 import stat
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-PATIENCE = 5.0  # seconds to wait for a reader who does not read, once
+# Unicode's category Cc, without tab and line feed.
+_ESCAPED = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+
+
+def visible(text: str) -> str:
+    """`text` with control characters, all but tab and line feed, as `\\x1b`: a terminal only shows them."""
+    return text.translate(_ESCAPED)
+
+
+@dataclass
+class Patience:
+    """How long streams wait, once, for a reader who does not read.
+
+    Attributes:
+        seconds: None: as long as it takes. Ctrl-C while a stream waits sets it to 0.
+    """
+
+    seconds: float | None = None
 
 
 class SteadyOutput(io.TextIOBase):
-    """Text to a file descriptor. What nobody reads is dropped; what cannot be encoded is escaped."""
+    """Text to a file descriptor, as it is; what cannot be encoded is escaped.
 
-    def __init__(self, stream: io.TextIOWrapper):
+    What nobody reads within `patience` is dropped, and so is all text once the reader has gone.
+    """
+
+    def __init__(self, stream: io.TextIOWrapper, patience: Patience):
         self._fd = stream.fileno()
         self._writable = self._fd
         if stat.S_ISFIFO(os.fstat(self._fd).st_mode) or self.isatty():
@@ -25,7 +46,8 @@ class SteadyOutput(io.TextIOBase):
                     f"/proc/self/fd/{self._fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
                 )
         self._encoding = stream.encoding
-        self._patience = PATIENCE
+        self._patience = patience
+        self._is_read = True  # False: the reader sleeps, so do not wait again until it reads
         self._open = True
 
     @property
@@ -46,33 +68,63 @@ class SteadyOutput(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        """Write or drop all of `text`; never raises, and waits for `PATIENCE` at most."""
+        """Write or drop all of `text`; raises nothing but KeyboardInterrupt."""
         data = text.encode(self._encoding, "backslashreplace")
         while data and self._open:
             try:
-                if not self._is_ready():
-                    self._patience = 0.0  # do not wait again until something is read
+                self._is_read = self._is_ready()
+                if not self._is_read:
                     break
-                self._patience = PATIENCE
                 # A pipe that is ready takes this much (PIPE_BUF) without blocking.
                 data = data[os.write(self._writable, data[:4096]) :]
             except BlockingIOError:
                 continue
             except OSError:  # nobody reads any more, or the disk is full
                 self._open = False
+            except KeyboardInterrupt:
+                self._patience.seconds = 0.0
+                raise
         return len(text)
 
     def _is_ready(self) -> bool:
+        seconds = self._patience.seconds if self._is_read else 0.0
         try:
-            return bool(select.select([], [self._writable], [], self._patience)[1])
+            return bool(select.select([], [self._writable], [], seconds)[1])
         except (OSError, ValueError, AttributeError):  # Windows can only wait for sockets: just write
             return True
 
 
+class VisibleOutput(SteadyOutput):
+    """A `SteadyOutput` that shows control characters escaped where it is a terminal.
+
+    Attributes:
+        raw: the same stream, without escapes.
+    """
+
+    def __init__(self, stream: io.TextIOWrapper, patience: Patience):
+        super().__init__(stream, patience)
+        self.raw = SteadyOutput(stream, patience)
+
+    def write(self, text: str) -> int:
+        """As `SteadyOutput.write`."""
+        super().write(visible(text) if self.isatty() else text)
+        return len(text)
+
+
+def raw(stream: Any) -> Any:
+    """The stream for our own control sequences, such as those of a progress bar."""
+    return stream.raw if isinstance(stream, VisibleOutput) else stream
+
+
 @contextlib.contextmanager
-def steady_output() -> Iterator[None]:
-    """Make stdout and stderr `SteadyOutput`; a stream that was closed from the start goes to os.devnull."""
+def steady_output(patience: float | None = None) -> Iterator[None]:
+    """Make stdout and stderr `VisibleOutput`; a stream that was closed from the start goes to os.devnull.
+
+    Args:
+        patience: seconds to wait for a reader who does not read, before text is dropped; None: no text is.
+    """
     former = sys.stdout, sys.stderr
+    shared = Patience(patience)
     # A closed stdout would let the next opened file take descriptor 1, and everything printed go there.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -84,7 +136,7 @@ def steady_output() -> Iterator[None]:
                 return void
             with contextlib.suppress(OSError):
                 stream.flush()
-            return SteadyOutput(stream)
+            return VisibleOutput(stream, shared)
 
         sys.stdout, sys.stderr = map(steady, former)
         try:

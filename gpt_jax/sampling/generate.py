@@ -56,6 +56,7 @@ def generate_tokens(
     rules: SamplingRules,
     key: jax.Array,
     window: str = "half",
+    n_before: int = 0,
 ) -> Iterator[np.ndarray]:
     """Continue each of B prompts of equal length, all at once.
 
@@ -67,6 +68,8 @@ def generate_tokens(
         rules: how to draw.
         key: the random stream.
         window: "half" or "exact", as above.
+        n_before: tokens before the prompts that were left out. None of them is seen, if P is the context or
+            more, but the window and the key of a token depend on its number.
 
     Yields:
         int32 [B, n] arrays as they are ready, `length` tokens in all.
@@ -74,7 +77,7 @@ def generate_tokens(
     context = model.config.context
     params = _unstack(params)  # once: it takes as long as a few tokens
     pieces_of = _half_pieces if window == "half" else _exact_pieces
-    n = prompt_BxP.shape[1]
+    n = n_before + prompt_BxP.shape[1]
     end = n + length
     recent_BxR = np.asarray(prompt_BxP, np.int32)[:, -context:]  # no window reaches further back
     while n < end:
