@@ -79,7 +79,7 @@ from gpt_jax.parallel.mesh import make_mesh
 from gpt_jax.rng import BATCH_STREAM, INIT_STREAM, stream
 from gpt_jax.sampling.generate import decode, generate_tokens, prefill
 from gpt_jax.sampling.rules import apply_rules, make_rules
-from gpt_jax.training.loop import Callback, train_loop
+from gpt_jax.training.loop import Callback, Moment, train_loop
 from gpt_jax.training.optimizer import make_optimizer, make_schedule
 from gpt_jax.training.resume import resolve
 from gpt_jax.training.state import init_state
@@ -827,13 +827,13 @@ for name, mesh in {"one": MeshConfig(data=1), "data": MeshConfig(data=8), "fsdp"
     mesh = make_mesh(mesh, jax.devices())
     model, optimizer = GPT(config.model, 65, mesh), make_optimizer(config.optimizer, 20)
     state = init_state(model, optimizer, False, mesh, stream(1, INIT_STREAM))
-    steps = make_train_steps(config, model, optimizer, state, 20)
+    steps = make_train_steps(config, model, state, 20)
     tokens_N = jax.device_put(jnp.asarray(tokens, jnp.uint8), replicated(mesh))
-    compiled = steps.lower(state, tokens_N, np.uint32(1), np.int32(20)).compile()
+    compiled = steps.lower(state, tokens_N, np.uint32(1), np.int32(20), np.int32(20)).compile()
     kernel = state.params["blocks"]["mlp"]["up"]["kernel"]
     shard = kernel.addressable_shards[0].data.shape
     begun = time.monotonic()
-    state, metrics = compiled(state, tokens_N, np.uint32(1), np.int32(20))
+    state, metrics = compiled(state, tokens_N, np.uint32(1), np.int32(20), np.int32(20))
     losses = np.asarray(metrics["loss"])
     print(json.dumps([name, mesh.size, losses.tolist(), kernel.shape, shard, time.monotonic() - begun]))
 """
@@ -882,7 +882,7 @@ quick = resolve(quick, mesh)
 live_model = GPT(quick.model, V, mesh)
 live_optimizer = make_optimizer(quick.optimizer, quick.train.steps)
 live_state = init_state(live_model, live_optimizer, True, mesh, stream(quick.seed, INIT_STREAM))
-program = make_train_steps(quick, live_model, live_optimizer, live_state, 100)
+program = make_train_steps(quick, live_model, live_state, 100)
 loss_of_tokens = make_loss_of_tokens(live_model, batch_size=16)
 assert count_params(live_state.params) == count_by_hand(quick.model, V)
 print(f"{count_params(live_state.params):,} parameters")
@@ -930,14 +930,15 @@ def redraw(moment):
         view.update(figure)
 
 
-step, live_state = train_loop(
-    lambda state, n: program(state, tokens_N, np.uint32(quick.seed), n),
-    live_state, 0, quick.train.steps,
+end, _ = train_loop(
+    lambda state, n, last_step: program(state, tokens_N, np.uint32(quick.seed), n, last_step),
+    Moment(step=0, last_step=quick.train.steps, state=live_state),
     callbacks=[Callback(collect), Callback(redraw, every=50)],
     is_stopped=lambda: time.monotonic() - begun > SECONDS and len(samples) > 1,
     on_not_finite=lambda moment: sys.exit("the loss is not finite"),
 )  # fmt: skip
 plt.close(figure)
+step, live_state = end.step, end.state
 print(f"{step} steps, validation loss {validated[-1][1]:.3f}; the bigram model has {bigram_there:.3f}")
 assert validated[-1][1] < bigram_there
 

@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from gpt_jax import rng  # noqa: E402
-from gpt_jax.commands import training_run  # noqa: E402
+from gpt_jax.commands import session, training_run  # noqa: E402
 from gpt_jax.storage import checkpoints  # noqa: E402
 from gpt_jax.training import step as train_step  # noqa: E402
 
@@ -91,7 +91,7 @@ match WHERE.split(":"):
     case ["step"]:
         wrap_result(training_run, "compile_steps", 3)
     case ["evaluation"]:
-        wrap_result(training_run, "make_loss_of_tokens", 2)
+        wrap_result(session, "make_loss_of_tokens", 3)
     case ["save"]:
         after(checkpoints, "seal", 3)
     case ["nan", step]:
@@ -103,7 +103,7 @@ match WHERE.split(":"):
     case ["spike", step]:
         spoil_step(int(step), lambda params, here: jnp.where(here, 5 + 100 * up_sum(params) ** 2, 0.0))
     case ["overflow", step]:  # in that step (0 is the first) an update that no float32 survives
-        make = training_run.make_optimizer
+        make = train_step.make_optimizer
 
         def overflowing(*arguments):
             init, update = make(*arguments)
@@ -115,7 +115,7 @@ match WHERE.split(":"):
 
             return optax.GradientTransformation(init, spoiled)
 
-        training_run.make_optimizer = overflowing
+        train_step.make_optimizer = overflowing
 
 sys.argv[0] = str(REPOSITORY / "train.py")
 runpy.run_path(sys.argv[0], run_name="__main__")

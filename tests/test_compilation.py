@@ -85,6 +85,7 @@ def test_the_second_sample_reads_its_programs_and_damage_is_mended(tmp_path):
     assert again == text and was_read(stderr)
 
 
+@pytest.mark.slow
 def test_what_is_compiled_later_is_kept_too(tmp_path):
     """The text before goes beyond half a context: a second program reads it when the context is full."""
     for _ in range(2):
@@ -103,6 +104,7 @@ def test_an_error_ends_the_line():
     assert written == [(("compile x ...",), {"end": ""}), (("",), {})]
 
 
+@pytest.mark.slow
 def test_the_cache_stays_within_its_size(tmp_path):
     program = """
 import jax, jax.numpy as jnp
@@ -161,6 +163,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     assert not was_read(stderr) and "warning" not in stderr.lower()
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_the_cache_and_nothing_else(tmp_path, faults_library):
     """The first program cannot be written whole; what is left of it is never read as one."""
     fault = {
@@ -181,6 +184,7 @@ def test_a_full_disk_costs_the_cache_and_nothing_else(tmp_path, faults_library):
     assert was_read(sample(tmp_path)[1])
 
 
+@pytest.mark.slow
 def test_training_comes_to_the_same_bits_with_and_without_the_cache(tmp_path):
     text = write_text(tmp_path / "text.txt")
     names = ("off", "cold", "warm")
@@ -197,20 +201,20 @@ def test_training_comes_to_the_same_bits_with_and_without_the_cache(tmp_path):
     assert differences(result_of(tmp_path / "warm"), result_of(tmp_path / "off")) == []
 
 
-def test_one_program_serves_every_seed(tiny_config):
-    """The seed is an argument, not a constant: another seed finds the program in the cache."""
+def test_one_program_serves_every_seed_and_length(tiny_config):
+    """Seed and steps are arguments, not constants: another run finds the program in the cache."""
 
-    def program(seed):
-        config = replace(tiny_config(model={"dropout": 0.1}), seed=seed)
+    def program(seed, steps):
+        config = replace(tiny_config(model={"dropout": 0.1}, train={"steps": steps}), seed=seed)
         corpus = load_corpus(text_file(config.data), config.model.context, config.data.train_fraction)
         mesh = make_mesh(config.mesh)
         model = GPT(config.model, corpus.tokenizer.vocab_size, mesh=mesh)
         optimizer = make_optimizer(config.optimizer, config.train.steps)
         state = abstract_state(model, optimizer, False, mesh)
-        steps = make_train_steps(config, model, optimizer, state, 10)
-        return steps.lower(state, corpus.train, np.uint32(seed), np.int32(1)).as_text()
+        train_steps = make_train_steps(config, model, state, 10)
+        return train_steps.lower(state, corpus.train, np.uint32(seed), np.int32(1), np.int32(steps)).as_text()
 
-    assert program(1337) == program(2**32 - 1)
+    assert program(1337, 20) == program(2**32 - 1, 30)
 
 
 def test_the_folder_is_that_of_the_kind_of_cpu():

@@ -135,9 +135,11 @@ def test_the_training_step_lowers_for_accelerators(platform):
     mesh = make_mesh(config.mesh)
     model, optimizer = GPT(config.model, 11, mesh=mesh), make_optimizer(config.optimizer, 10)
     state = abstract_state(model, optimizer, False, mesh)
-    steps = make_train_steps(config, model, optimizer, state, 10)
+    steps = make_train_steps(config, model, state, 10)
     tokens = jax.ShapeDtypeStruct((100,), np.uint8)
-    exported = jax.export.export(steps, platforms=[platform])(state, tokens, np.uint32(0), np.int32(1))
+    exported = jax.export.export(steps, platforms=[platform])(
+        state, tokens, np.uint32(0), np.int32(1), np.int32(10)
+    )  # fmt: skip
     assert exported.platforms == (platform,)
     assert "bf16" in exported.mlir_module() and "stablehlo.while" in exported.mlir_module()
 

@@ -123,6 +123,7 @@ def test_files_are_on_the_disk_before_names_and_names_before_deletions(faults_li
     assert lines[removed[0]] == ["rename", f"{base}/10", f"{base}/10.deleted"]
 
 
+@pytest.mark.slow
 def test_what_the_saving_thread_raises_ends_training(tiny_config, tmp_path, monkeypatch):
     config = tiny_config()
     assert train(config, tmp_path / "run") == 0
@@ -207,6 +208,58 @@ def test_a_renamed_checkpoint_is_not_taken_for_another_step(workdir, capsys):
     (workdir / "checkpoints" / "20").rename(workdir / "checkpoints" / "99")
     assert load(workdir, "last").step == 10
     assert "checkpoints/99: metadata.json: it belongs to step 20. Trying an older" in capsys.readouterr().err
+
+
+def test_what_becomes_known_later(tmp_path):
+    """It is read with the metadata, decides about the best, and goes with its checkpoint."""
+    folder = tmp_path / "checkpoints"
+    checkpoints = Checkpoints(folder)
+    items = {"params": {"a": jnp.ones(3)}}
+    for step in (10, 20):
+        checkpoints.save(step, items, {"step": step, "val_loss": None, "unfinished": {"step": step}})
+    checkpoints.amend(10, {"val_loss": 1.0, "unfinished": None})
+    checkpoints.amend(20, {"val_loss": 2.0})
+    checkpoints.amend(20, {"val_loss_part": 0.5})  # a second change does not undo the first
+    checkpoints.close()
+
+    checkpoints = Checkpoints(folder)
+    assert checkpoints.metadata(10) == {"step": 10, "val_loss": 1.0, "unfinished": None}
+    assert checkpoints.metadata(20) == {
+        "step": 20, "val_loss": 2.0, "unfinished": {"step": 20}, "val_loss_part": 0.5,
+    }  # fmt: skip
+    assert checkpoints.best_first() == [20, 10] and checkpoints.deciding_loss(20) == 0.5
+    checkpoints.verify(10)
+    checkpoints.verify(20)
+    for step in (30, 40):
+        checkpoints.save(step, items, {"step": step, "val_loss": None})
+    checkpoints.wait()
+    assert sorted(path.name for path in folder.iterdir()) == ["20", "20.amended.json", "30", "40"]
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("how", ["delete", "truncate", "flip", "of another", "pipe"])
+def test_a_damaged_amendment_is_as_none(tmp_path, how):
+    """What it said can be computed again; what it belongs to is whole."""
+    folder = tmp_path / "checkpoints"
+    checkpoints = Checkpoints(folder)
+    for step in (10, 20):
+        checkpoints.save(step, {"params": {"a": jnp.full(3, step)}}, {"step": step, "val_loss": 3.0})
+        checkpoints.amend(step, {"val_loss": 1.25})
+    path = folder / "20.amended.json"
+    if how == "of another":
+        shutil.copy(folder / "10.amended.json", path)
+    elif how == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        spoil(path, how, path.read_text(encoding="utf-8").index("25"))
+    assert checkpoints.metadata(20) == {"step": 20, "val_loss": 3.0}
+    assert checkpoints.best_first() == [10, 20]
+    checkpoints.verify(20)
+    shutil.rmtree(folder / "10")
+    checkpoints.prepare()
+    assert not (folder / "10.amended.json").exists()
+    checkpoints.close()
 
 
 def test_a_checkpoint_that_is_deleted_meanwhile_is_no_damage(workdir, capsys, monkeypatch):
@@ -414,6 +467,7 @@ def test_bombs_are_refused_in_bounded_time_and_memory(trained, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_ten_thousand_mutated_metadata_files(workdir):
     """Each is read as what it says, or refused in one line; never anything else."""
     checkpoints = Checkpoints(workdir / "checkpoints")

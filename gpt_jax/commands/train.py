@@ -1,7 +1,8 @@
 """Train a GPT: python train.py --config configs/shakespeare_cpu.py
 
 Every setting of a config can be overridden: --config.model.n_layer=4. The run goes to artifacts/<name of the
-config>/, or to --workdir. The same command resumes it. --deterministic: repeatable to the bit, but slower.
+config>/, or to --workdir. The same command resumes it. --minutes 5: fewer steps, where needed, to end within
+that time. --deterministic: repeatable to the bit, but slower.
 """
 
 import sys
@@ -18,6 +19,7 @@ from gpt_jax.storage.compilation_cache import use_compilation_cache
 
 flags.declare_key_flag("config")  # so that --help shows it
 flags.DEFINE_string("workdir", None, "The folder of the run.")
+flags.DEFINE_float("minutes", None, "Make as many steps as fit into this time, train.steps at most.")
 flags.DEFINE_bool("deterministic", False, "Repeatable bit for bit: one CPU thread, no unordered GPU sums.")
 
 
@@ -35,4 +37,5 @@ def main(started: float | None = None) -> int:
     if flags.FLAGS.deterministic:
         make_deterministic()
     use_compilation_cache()
-    return train(config, Path(flags.FLAGS.workdir or ARTIFACTS / config_file.stem).expanduser(), started)
+    workdir = Path(flags.FLAGS.workdir or ARTIFACTS / config_file.stem).expanduser()
+    return train(config, workdir, started, flags.FLAGS.minutes)

@@ -1,46 +1,35 @@
-"""One run of training: restore or begin, train with callbacks, report."""
+"""One run of training: restore or begin, train, report."""
 
-import json
-import os
+import math
 import shlex
-import signal
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
 
-from gpt_jax.commands.callbacks import (
-    Evaluator,
-    Plotter,
-    Progress,
-    Recorder,
-    Sampler,
-    Saver,
-)
 from gpt_jax.commands.paths import ARTIFACTS, command, relative_to_root, text_file
-from gpt_jax.commands.signals import stop_signals
-from gpt_jax.config import Config, Dtype
-from gpt_jax.data.corpus import Corpus, load_corpus
+from gpt_jax.commands.session import Run, Session
+from gpt_jax.commands.signals import StopRequest, stop_signals
+from gpt_jax.config import Config
+from gpt_jax.data.corpus import load_corpus
 from gpt_jax.errors import RunError, UserError
 from gpt_jax.files import write_durably
 from gpt_jax.interchange.model_folder import is_exported
-from gpt_jax.model.loss import make_loss_of_tokens
-from gpt_jax.model.params import abstract_params, count_params, name_leaves
+from gpt_jax.model.params import abstract_params, count_params
 from gpt_jax.model.transformer import GPT
 from gpt_jax.monitor.messages import (
     describe_end,
     describe_finished,
-    describe_not_finite,
     describe_run,
     describe_stop,
+    describe_stop_before_start,
 )
-from gpt_jax.monitor.metrics import MetricsFile, TensorBoard, read_metrics
-from gpt_jax.monitor.terminal import Terminal
+from gpt_jax.monitor.metrics import TensorBoard, read_metrics
+from gpt_jax.monitor.terminal import LoadingBar
 from gpt_jax.parallel.devices import (
     check_backend,
     describe_devices,
@@ -54,31 +43,34 @@ from gpt_jax.storage.checkpoints import Checkpoints
 from gpt_jax.storage.compilation_cache import compiling
 from gpt_jax.storage.lock import locked
 from gpt_jax.storage.metadata import Metadata, library_versions
-from gpt_jax.storage.run_folder import CONFIG, FACTS, METRICS, PLOT, SAMPLES, checkpoint_folder
-from gpt_jax.training.loop import MAX_STEPS_PER_CALL, Callback, Moment, Program, train_loop
+from gpt_jax.storage.run_folder import CONFIG, METRICS, checkpoint_folder
+from gpt_jax.training.loop import MAX_STEPS_PER_CALL, Moment, Program, Stopped
 from gpt_jax.training.optimizer import make_optimizer
 from gpt_jax.training.resume import resolve, resolve_run_dtype, restore_newest
 from gpt_jax.training.state import TrainState, abstract_state, init_state
 from gpt_jax.training.step import make_train_steps
 
 
-def train(config: Config, workdir: Path, started: float | None = None) -> int:
+def train(config: Config, workdir: Path, started: float | None = None, minutes: float | None = None) -> int:
     """Train, or resume, the run in `workdir`.
 
     Args:
         config: the settings.
         workdir: for config.json, run.json, metrics.jsonl, loss.png, samples.txt and checkpoints/.
         started: when the process started, by `time.monotonic`; None: now.
+        minutes: make fewer steps than `train.steps`, where needed, to end so long after `started`. A resumed
+            run keeps the number of steps that was chosen.
 
     Returns:
         The exit status: 0, or 128 + n if signal n stopped the run.
 
     Raises:
-        UserError: bad settings or data, or `workdir` belongs to another run or process.
+        UserError: bad settings or data, too few `minutes`, or `workdir` belongs to another run or process.
         RunError: a checkpoint could not be read or saved, or a loss, gradient or update is not finite. What
             was saved before is still there.
     """
     started = time.monotonic() if started is None else started
+    check_minutes(minutes, config)
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"workdir = {workdir} is not a folder: choose another with --workdir")
     if is_exported(workdir):
@@ -86,7 +78,8 @@ def train(config: Config, workdir: Path, started: float | None = None) -> int:
     check_backend()
     mesh = make_mesh(config.mesh)
     text = text_file(config.data)
-    corpus = load_corpus(text, config.model.context, config.data.train_fraction)
+    with LoadingBar() as progress:
+        corpus = load_corpus(text, config.model.context, config.data.train_fraction, progress)
     if config.data.path:  # absolute, so that the run finds its text from any folder
         config = replace(config, data=replace(config.data, path=str(text)))
     resolve(config, mesh)  # fails where the devices cannot share a batch
@@ -94,197 +87,173 @@ def train(config: Config, workdir: Path, started: float | None = None) -> int:
     # Nothing is written before this line, so bad settings leave no trace.
     with locked(workdir):
         checkpoints = Checkpoints(checkpoint_folder(workdir))
+        model = GPT(config.model, corpus.tokenizer.vocab_size, mesh)
+        run = Run(config, workdir, started, minutes, mesh, corpus, model, checkpoints)
         try:
-            return _Run(config, workdir, started, mesh, corpus, checkpoints, tensorboard).run()
+            return _train(run, tensorboard)
         except OSError as error:
             raise RunError(f"{workdir} cannot be written: {error}; what was saved before is kept") from error
         finally:
             checkpoints.close()  # completes the save in progress
 
 
-@dataclass
-class _Run:
-    """The parts of a run."""
+def check_minutes(minutes: float | None, config: Config) -> None:
+    """Raise `UserError` if `--minutes` cannot be met with these settings."""
+    if minutes is None:
+        return
+    if not (minutes > 0 and math.isfinite(minutes)):
+        raise UserError(f"--minutes = {minutes:g} must be above 0 and finite")
+    if not config.optimizer.warmup_steps:
+        raise UserError(
+            f"--minutes = {minutes:g} requires optimizer.warmup_steps of 1 or more: the speed is measured "
+            f"during the warm-up, when the learning rate does not depend on the number of steps"
+        )
 
-    config: Config
-    workdir: Path
-    started: float
-    mesh: jax.sharding.Mesh
-    corpus: Corpus
-    checkpoints: Checkpoints
-    tensorboard: TensorBoard | None
 
-    def __post_init__(self) -> None:
-        self.model = GPT(self.config.model, self.corpus.tokenizer.vocab_size, self.mesh)
-        self.optimizer = make_optimizer(self.config.optimizer, self.config.train.steps)
-        self.keep_ema = self.config.optimizer.ema_decay > 0
-
-    def run(self) -> int:
-        """Restore or begin, train, report; the exit status."""
-        saved, state = self._restore()
-        self.config = resolve(self.config, self.mesh, saved)
-        # The settings keep "auto", so that a sampler elsewhere chooses what suits its device.
-        dtype, about_dtype = resolve_run_dtype(self.config, saved)
-        self.model = self.model.clone(config=replace(self.config.model, dtype=dtype))
-        first_step, steps = saved.step if saved else 0, self.config.train.steps
-        facts = self._facts(dtype)
-        print(self._describe(facts))
-        if first_step >= steps:
-            print(describe_finished(first_step, steps, sample_command(self.workdir)))
-            return 0
-        if first_step:
-            print(f"resume  after step {first_step:,} of {steps:,}")
-        if about_dtype:
-            print(f"dtype   {about_dtype}")
-
-        write_durably(self.workdir / CONFIG, self.config.to_json())
-        self._write_facts(facts)
-        with stop_signals() as stopped_by, ExitStack() as closing:
-            tokens_N = jax.device_put(self.corpus.train, replicated(self.mesh))
-            state = state or self._init(facts)
-            with compiling("training steps") as compilation:
-                program = compile_steps(self.config, self.model, self.optimizer, state, tokens_N)
-            facts["compile_seconds"]["training steps"] = compilation.seconds
-            self._write_facts(facts)
-            step = self._train(program, saved, state, dtype, stopped_by, closing)
-            self.checkpoints.wait()
-            stop = stopped_by()
-        if step < steps and stop is not None:
-            print(describe_stop(stop.name, step, steps, sample_command(self.workdir)))
-            return 128 + stop
-        records, seconds = read_metrics(self.workdir / METRICS), time.monotonic() - self.started
-        print(describe_end(records, seconds, sample_command(self.workdir)))
+def _train(run: Run, tensorboard: TensorBoard | None) -> int:
+    """Restore or begin, train, report; the exit status."""
+    saved, state = _restore(run)
+    run.config = resolve(run.config, run.mesh, saved)
+    # The settings keep "auto", so that a sampler elsewhere chooses what suits its device.
+    dtype, about_dtype = resolve_run_dtype(run.config, saved)
+    run.model = run.model.clone(config=replace(run.config.model, dtype=dtype))
+    run.chosen_steps = _chosen_steps(run, saved)
+    first_step, total = saved.step if saved else 0, run.chosen_steps or run.config.train.steps
+    run.facts = _facts(run, dtype, total)
+    to_sample = sample_command(run.workdir)
+    print(_describe(run))
+    if saved and (how_longer := _how_to_train_longer(run, saved, total)):
+        print(describe_finished(first_step, total, how_longer, to_sample))
         return 0
+    if saved:
+        chosen = ", as --minutes chose" if run.chosen_steps else ""
+        print(f"resume  after step {first_step:,} of {total:,}{chosen}")
+    if about_dtype:
+        print(f"dtype   {about_dtype}")
 
-    def _restore(self) -> tuple[Metadata | None, TrainState | None]:
-        """The newest checkpoint, None and None for a new run."""
-        saved = state = None
-        if self.checkpoints.steps():
-            target = abstract_state(self.model, self.optimizer, self.keep_ema, self.mesh)
-            saved, state = restore_newest(
-                self.checkpoints, target, self.config, self.corpus.fingerprint, self.workdir
-            )
-        elif read_metrics(self.workdir / METRICS):
-            print(f"WARNING: {self.workdir} has metrics but no checkpoint: training starts from step 0")
-        self.checkpoints.prepare()
-        return saved, state
+    write_durably(run.workdir / CONFIG, run.config.to_json())
+    run.write_facts()
+    with stop_signals() as stop, ExitStack() as closing:
+        try:
+            state = state or _init(run, stop)
+        except Stopped:
+            print(describe_stop_before_start(stop.name))
+            return stop.exit_status
+        begin = Moment(first_step, total, state, record=(saved and saved.unfinished) or {})
+        session = Session(run, begin, saved, tensorboard, stop, closing)
+        moment, is_complete = session.train(lambda: _compile(run, begin.state, stop))
+        run.checkpoints.wait()
+    if not is_complete:
+        print(describe_stop(stop.name, moment.step, moment.last_step, to_sample))
+        return stop.exit_status
+    print(describe_end(read_metrics(run.workdir / METRICS), time.monotonic() - run.started, to_sample))
+    return 0
 
-    def _init(self, facts: dict[str, Any]) -> TrainState:
-        """The state of a new run."""
-        with compiling("initial state") as compilation:
-            key = stream(self.config.seed, INIT_STREAM)
-            state = init_state(self.model, self.optimizer, self.keep_ema, self.mesh, key)
-        facts["compile_seconds"]["initial state"] = compilation.seconds
-        return state
 
-    def _train(
-        self,
-        program: Program,
-        saved: Metadata | None,
-        state: TrainState,
-        dtype: Dtype,
-        stopped_by: Callable[[], signal.Signals | None],
-        closing: ExitStack,
-    ) -> int:
-        """Train with callbacks; the updates done."""
-        config, workdir, train = self.config, self.workdir, self.config.train
-        first_step = saved.step if saved else 0
-        sinks: list[MetricsFile | TensorBoard] = [MetricsFile(workdir / METRICS, first_step)]
-        sinks += [self.tensorboard] if self.tensorboard else []
-        terminal = Terminal(first_step, train.steps)
-        for part in (*sinks, terminal):
-            closing.callback(part.close)
-
-        recorder = Recorder(config, self.corpus, self.model, sinks, terminal, self.started)
-        loss_of_tokens = make_loss_of_tokens(self.model, train.batch_size // train.grad_accum_steps)
-        evaluate = Evaluator(loss_of_tokens, self.corpus, self.checkpoints, terminal)
-        if saved:
-            recorder.resume(saved, state)
-            evaluate.val_loss = saved.val_loss
-        sample = Sampler(config, self.corpus, self.model, workdir / SAMPLES, first_step, terminal)
-        plot = Plotter(workdir / METRICS, workdir / PLOT, _printable(workdir.name), terminal)
-        saver = Saver(config, self.corpus, dtype, self.checkpoints, recorder)
-
-        def stop_at_nan(moment: Moment) -> NoReturn:
-            recorder.take_in(moment)
-            recorder.write(moment)
-            saver.save(moment.step, moment.state, None)
-            raise RunError(_describe_not_finite(moment))
-
-        callbacks = [
-            Callback(recorder.take_in),
-            Callback(evaluate, every=train.eval_every),
-            Callback(recorder.write),
-            Callback(sample, every=train.eval_every),
-            Callback(plot, every=train.eval_every),
-            Callback(saver),
-            Callback(Progress(evaluate, self.model, terminal)),
-        ]
-
-        def is_stopped() -> bool:
-            return stopped_by() is not None
-
-        step, state = train_loop(program, state, first_step, train.steps, callbacks, is_stopped, stop_at_nan)
-        if step < train.steps:  # stopped: save the newest step
-            saver.save(step, state, None)
-        plot()
-        return step
-
-    def _write_facts(self, facts: dict[str, Any]) -> None:
-        write_durably(self.workdir / FACTS, json.dumps(facts, indent=1) + "\n")
-
-    def _facts(self, dtype: Dtype) -> dict[str, Any]:
-        """What run.json says: the numbers of the run that do not change while it trains."""
-        return {
-            "device": describe_devices(),
-            "mesh": dict(self.mesh.shape),
-            "dtype": dtype,
-            "parameters": count_params(abstract_params(self.model, self.mesh)),
-            "train_tokens": len(self.corpus.train),
-            "val_tokens": len(self.corpus.val),
-            "versions": library_versions(),
-            "compile_seconds": {},
-        }
-
-    def _describe(self, facts: dict[str, Any]) -> str:
-        mesh = " x ".join(f"{size} {axis}" for axis, size in facts["mesh"].items())
-        model = self.model.config
-        fused = not model.attention_dropout and has_cudnn_attention(model, *first_device(self.mesh))
-        device = (
-            f"{facts['device']}, mesh {mesh}, {describe_dtype(facts['dtype'], *first_device(self.mesh))}, "
-            f"{'attention by cuDNN, ' if fused else ''}jax {jax.__version__}"
+def _restore(run: Run) -> tuple[Metadata | None, TrainState | None]:
+    """The newest checkpoint, None and None for a new run."""
+    saved = state = None
+    if run.checkpoints.steps():
+        optimizer = make_optimizer(run.config.optimizer, run.config.train.steps)
+        target = abstract_state(run.model, optimizer, run.config.optimizer.ema_decay > 0, run.mesh)
+        saved, state = restore_newest(
+            run.checkpoints, target, run.config, run.corpus.fingerprint, run.workdir
         )
-        text = str(relative_to_root(text_file(self.config.data)))
-        sizes = (facts["train_tokens"], facts["val_tokens"], self.corpus.tokenizer.vocab_size)
-        return describe_run(
-            device, model, facts["parameters"], text, sizes, str(relative_to_root(self.workdir))
+    elif read_metrics(run.workdir / METRICS):
+        print(f"WARNING: {run.workdir} has metrics but no checkpoint: training starts from step 0")
+    run.checkpoints.prepare()
+    return saved, state
+
+
+def _chosen_steps(run: Run, saved: Metadata | None) -> int | None:
+    """The length of a run whose length `--minutes` chose, unless the settings now ask for another one.
+
+    Raises:
+        UserError: it is too late for `--minutes`.
+    """
+    if saved is None:
+        return None
+    steps, warmup = run.config.train.steps, run.config.optimizer.warmup_steps
+    if saved.total_steps is not None and steps == saved.config.train.steps:
+        return saved.total_steps
+    if run.minutes is not None and warmup < saved.step < steps:
+        raise UserError(
+            f"--minutes = {run.minutes:g} is too late: {run.workdir} is past its warm-up of {warmup} steps, "
+            f"so its learning rate depends on train.steps = {steps}; resume it without --minutes, or start "
+            f"another run with another --workdir"
         )
+    return None
 
 
-def compile_steps(
-    config: Config, model: GPT, optimizer: Any, state: TrainState, tokens_N: jax.Array
-) -> Program:
+def _how_to_train_longer(run: Run, saved: Metadata, total: int) -> str | None:
+    """For a finished run; None for one that is not finished."""
+    if saved.unfinished is not None:
+        return None
+    if saved.step >= total:
+        return "change --config.train.steps" if run.chosen_steps else "raise --config.train.steps"
+    if 0 < run.config.train.patience <= saved.since_best:
+        return "raise --config.train.patience"
+    return None
+
+
+def _init(run: Run, stop: StopRequest) -> TrainState:
+    """The state of a new run."""
+    optimizer = make_optimizer(run.config.optimizer, run.config.train.steps)
+    key, keep_ema = stream(run.config.seed, INIT_STREAM), run.config.optimizer.ema_decay > 0
+    with compiling("initial state") as compilation:
+        state = stop.during(lambda: init_state(run.model, optimizer, keep_ema, run.mesh, key))
+    run.facts["compile_seconds"]["initial state"] = compilation.seconds
+    return state
+
+
+def _compile(run: Run, state: TrainState, stop: StopRequest) -> Program:
+    """The compiled training steps."""
+    tokens_N = jax.device_put(run.corpus.train, replicated(run.mesh))
+    with compiling("training steps") as compilation:
+        program = stop.during(lambda: compile_steps(run.config, run.model, state, tokens_N))
+    run.facts["compile_seconds"]["training steps"] = compilation.seconds
+    run.write_facts()
+    return program
+
+
+def _facts(run: Run, dtype: str, steps: int) -> dict[str, Any]:
+    """What run.json says."""
+    return {
+        "device": describe_devices(),
+        "mesh": dict(run.mesh.shape),
+        "dtype": dtype,
+        "parameters": count_params(abstract_params(run.model, run.mesh)),
+        "train_tokens": len(run.corpus.train),
+        "val_tokens": len(run.corpus.val),
+        "steps": steps,
+        "versions": library_versions(),
+        "compile_seconds": {},
+    }
+
+
+def _describe(run: Run) -> str:
+    facts, model = run.facts, run.model.config
+    mesh = " x ".join(f"{size} {axis}" for axis, size in facts["mesh"].items())
+    here = first_device(run.mesh)
+    fused = not model.attention_dropout and has_cudnn_attention(model, *here)
+    device = (
+        f"{facts['device']}, mesh {mesh}, {describe_dtype(facts['dtype'], *here)}, "
+        f"{'attention by cuDNN, ' if fused else ''}jax {jax.__version__}"
+    )
+    text, folder = (str(relative_to_root(path)) for path in (text_file(run.config.data), run.workdir))
+    sizes = (facts["train_tokens"], facts["val_tokens"], run.corpus.tokenizer.vocab_size)
+    return describe_run(device, model, facts["parameters"], text, sizes, folder)
+
+
+def compile_steps(config: Config, model: GPT, state: TrainState, tokens_N: jax.Array) -> Program:
     """The compiled training steps, as the loop calls them."""
     seed = np.uint32(config.seed)
-    steps = make_train_steps(config, model, optimizer, state, MAX_STEPS_PER_CALL)
-    compiled = steps.lower(state, tokens_N, seed, np.int32(1)).compile()
-    return lambda state, n_steps: compiled(state, tokens_N, seed, n_steps)
+    steps = make_train_steps(config, model, state, MAX_STEPS_PER_CALL)
+    compiled = steps.lower(state, tokens_N, seed, np.int32(1), np.int32(1)).compile()
+    return lambda state, n_steps, last_step: compiled(state, tokens_N, seed, n_steps, last_step)
 
 
 def sample_command(workdir: Path) -> str:
     """The command that samples from a run."""
     is_default = workdir.absolute().parent == ARTIFACTS.absolute()
     return command("sample") + ("" if is_default else f" --workdir {shlex.quote(str(workdir))}")
-
-
-def _describe_not_finite(moment: Moment) -> str:
-    metrics, i = moment.metrics, moment.n_steps  # i: of the update that was not made
-    norms = {name: norm.item() for name, norm in name_leaves(metrics["grad_norms"]).items()}
-    finite = {name: bool(is_finite) for name, is_finite in name_leaves(metrics["finite"]).items()}
-    loss, grad_norm = metrics["loss"][i].item(), metrics["grad_norm"][i].item()
-    return describe_not_finite(moment.step + 1, loss, grad_norm, norms, finite)
-
-
-def _printable(name: str) -> str:
-    """A file's name, where the locale cannot decode its bytes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")

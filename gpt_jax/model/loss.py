@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,20 @@ from gpt_jax.model.layers import Params
 from gpt_jax.model.transformer import GPT
 from gpt_jax.parallel.mesh import split_batch
 
-LossOfTokens = Callable[..., float]
 Announce = Callable[[str], AbstractContextManager[Any]]  # the context in which a named program compiles
+
+
+class LossOfTokens(Protocol):
+    """See `make_loss_of_tokens`."""
+
+    def __call__(
+        self,
+        params: Params,
+        tokens_N: np.ndarray,
+        announce: Announce = ...,
+        between: Callable[[], None] = ...,
+    ) -> float:
+        """Nats per token."""
 
 
 def silent(_what: str) -> AbstractContextManager[None]:
@@ -44,44 +56,56 @@ def batch_loss(
 
 
 @partial(jax.jit, static_argnums=0)
-def window_losses(model: GPT, params: Params, *windows_nxBxT: jax.Array) -> jax.Array:
-    """Summed losses of each of n x B windows, float32 [n, B], in nats.
+def window_losses(model: GPT, params: Params, *windows_BxT: jax.Array) -> jax.Array:
+    """The summed loss of each window of a batch, float32 [B], in nats.
 
     Args:
         model, params: as for `make_loss_of_tokens`.
-        *windows_nxBxT: inputs, targets and mask, as from `eval_windows`.
+        *windows_BxT: inputs, targets and mask, as from `eval_windows`.
     """
-
-    def one_batch(batch: tuple[jax.Array, ...]) -> jax.Array:
-        inputs_BxT, targets_BxT, mask_BxT = split_batch(batch, model.mesh)
-        logits_BxTxV, _ = model.apply({"params": params}, inputs_BxT)
-        return jnp.sum(token_losses(logits_BxTxV, targets_BxT) * mask_BxT, axis=-1)
-
-    return jax.lax.map(one_batch, windows_nxBxT)
+    inputs_BxT, targets_BxT, mask_BxT = split_batch(windows_BxT, model.mesh)
+    logits_BxTxV, _ = model.apply({"params": params}, inputs_BxT)
+    return jnp.sum(token_losses(logits_BxTxV, targets_BxT) * mask_BxT, axis=-1)
 
 
 def make_loss_of_tokens(model: GPT, batch_size: int) -> LossOfTokens:
-    """The headline loss: the mean over *all* of a text, as a function (params, ids, announce) -> float.
+    """The headline loss: the mean over *all* of a text, as a function (params, ids, announce, between).
 
     The text is cut into non-overlapping windows of the model's context, so that every token but the first is
-    predicted once; no window is drawn at random. The unit is nats per token. A program is compiled for each
-    number of windows, in the context that `announce` returns.
+    predicted once; no window is drawn at random. The unit is nats per token. One program, for a batch of
+    windows, serves every text; it is compiled at the first call, in the context that `announce` returns.
+    `between` is called before each batch; what it raises ends the evaluation.
 
     Args:
         model: the model.
-        batch_size: windows at a time; it changes the result by rounding at most.
+        batch_size: B, windows at a time; it changes the result by rounding at most.
     """
-    context = model.config.context
-    programs: dict[int, Any] = {}
+    tokens_per_batch = batch_size * model.config.context
+    programs: list[Any] = []
 
-    def loss_of_tokens(params: Params, tokens_N: np.ndarray, announce: Announce = silent) -> float:
-        windows = eval_windows(tokens_N, context, batch_size)
-        n_batches = len(windows[0])
-        if n_batches not in programs:
-            with announce("evaluation"):
-                programs[n_batches] = window_losses.lower(model, params, *windows).compile()
-        # Sums of windows are added in float64: the batch size changes the result by rounding at most.
-        total = np.asarray(programs[n_batches](params, *windows), np.float64).sum()
-        return float(total / (len(tokens_N) - 1))
+    def loss_of_tokens(
+        params: Params,
+        tokens_N: np.ndarray,
+        announce: Announce = silent,
+        between: Callable[[], None] = lambda: None,
+    ) -> float:
+        total, running = 0.0, None
+        for start in range(0, len(tokens_N) - 1, tokens_per_batch):
+            between()
+            batch_N = tokens_N[start : start + tokens_per_batch + 1]
+            windows_BxT = [part[0] for part in eval_windows(batch_N, model.config.context, batch_size)]
+            if not programs:
+                with announce("evaluation"):
+                    programs.append(window_losses.lower(model, params, *windows_BxT).compile())
+            # Read a result only when the next batch is under way, so that the device always has work, but
+            # never more than two batches of it: `between` can end the evaluation soon.
+            before, running = running, programs[0](params, *windows_BxT)
+            total += _sum(before)
+        return float((total + _sum(running)) / (len(tokens_N) - 1))
 
     return loss_of_tokens
+
+
+def _sum(losses_B: jax.Array | None) -> float:
+    # In float64: the batch size changes the result by rounding at most.
+    return 0.0 if losses_B is None else np.asarray(losses_B, np.float64).sum()

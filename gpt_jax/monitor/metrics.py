@@ -32,6 +32,13 @@ class MetricsFile:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
+    def amend(self, step: int, values: Record) -> None:
+        """Add numbers to the record of an earlier step, in one step."""
+        self._file.close()
+        lines = [record | (values if record["step"] == step else {}) for record in read_metrics(self.path)]
+        write_durably(self.path, "".join(json.dumps(record) + "\n" for record in lines))
+        self._file = self.path.open("a", encoding="utf-8")
+
     def sync(self) -> None:
         """Flush to the disk."""
         os.fsync(self._file.fileno())
@@ -90,9 +97,24 @@ def is_spike(loss: float, recent: Sequence[float]) -> bool:
     return len(recent) >= 5 and loss > float(np.mean(recent)) + max(0.5, 6 * float(np.std(recent)))
 
 
-def best_record(validated: list[Record]) -> Record:
-    """Of records with a "val_loss" the one with the lowest; NaN counts as the highest."""
-    return min(validated, key=lambda r: r["val_loss"] if math.isfinite(r["val_loss"]) else math.inf)
+def deciding_loss(record: Record) -> float | None:
+    """The validation loss that decides which step is the best: on a part of the split, where it has one."""
+    return record.get("val_loss_part", record.get("val_loss"))
+
+
+def validated(records: list[Record]) -> list[Record]:
+    """The records with a validation loss."""
+    return [record for record in records if deciding_loss(record) is not None]
+
+
+def best_record(records: list[Record]) -> Record:
+    """The newest of the validated records with the lowest loss; NaN counts as the highest."""
+
+    def key(record: Record) -> tuple[float, float]:
+        loss = deciding_loss(record)
+        return (loss if loss is not None and math.isfinite(loss) else math.inf, -record["step"])
+
+    return min(validated(records), key=key)
 
 
 class TensorBoard:
@@ -115,6 +137,10 @@ class TensorBoard:
         for name, value in record.items():
             if name != "step":
                 self._writer.add_scalar(name, value, int(record["step"]))
+
+    def amend(self, step: int, values: Record) -> None:
+        """Write more numbers for an earlier step."""
+        self.write(values | {"step": step})
 
     def sync(self) -> None:
         """Flush to the operating system."""

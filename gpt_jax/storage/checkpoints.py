@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
@@ -22,15 +23,15 @@ import jax
 import orbax.checkpoint as ocp
 
 from gpt_jax.errors import RunError, UserError
-from gpt_jax.files import sync
+from gpt_jax.files import sync, write_durably
 from gpt_jax.storage.format import FormatError
-from gpt_jax.storage.integrity import DamagedError, seal, verify
+from gpt_jax.storage.integrity import CHECKSUMS, DamagedError, checksum, seal, verify
 from gpt_jax.storage.metadata import Metadata
 
 METADATA = "metadata.json"
 METADATA_BYTES = 2**26  # a larger file is not read
 T = TypeVar("T")
-UNFINISHED, DELETED, DAMAGED = ".unfinished", ".deleted", ".damaged"
+UNFINISHED, DELETED, DAMAGED, AMENDED = ".unfinished", ".deleted", ".damaged", ".amended.json"
 
 
 class Checkpoints:
@@ -38,7 +39,8 @@ class Checkpoints:
 
     A checkpoint is a folder named by its step, which holds a folder of arrays for each tree, `metadata.json`
     and checksums. It is written as `<step>.unfinished` in the background, and renamed when all of it is on
-    the disk. Only one process may save; others may read meanwhile.
+    the disk. `<step>.amended.json` beside it stores metadata that is added later. Only one process may save;
+    others may read meanwhile.
     """
 
     def __init__(self, folder: Path):
@@ -61,7 +63,7 @@ class Checkpoints:
 
         Those without a loss, or whose loss is NaN, come last, the newest of them first.
         """
-        return sorted(self.steps(), key=lambda step: (self._val_loss(step), -step))
+        return sorted(self.steps(), key=lambda step: (self.deciding_loss(step), -step))
 
     def save(self, step: int, items: dict[str, Any], metadata: dict[str, Any]) -> None:
         """Start to save; returns when the arrays may change again. A step that is saved is not saved again.
@@ -69,8 +71,8 @@ class Checkpoints:
         Args:
             step: updates done.
             items: trees of arrays by name.
-            metadata: anything that JSON can hold; its "val_loss" decides which checkpoint is the best; None
-                excludes this one.
+            metadata: anything that JSON can hold; its "val_loss_part", or else its "val_loss", decides which
+                checkpoint is the best; None excludes this one.
 
         Raises:
             RunError: this save cannot start, or the one before it has failed.
@@ -89,6 +91,21 @@ class Checkpoints:
         self._saving = self._background.submit(
             self._finish, step, unfinished, json.dumps(metadata), until_saved
         )
+
+    def amend(self, step: int, values: dict[str, Any]) -> None:
+        """Change some of the metadata of a checkpoint.
+
+        They go to a file of their own, in one step, so that a kill or a reader never finds half of a change.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        self.wait()
+        with self._failure_named(step):
+            values = self._amendments(step) | values
+            of = checksum(self.folder / str(step) / CHECKSUMS)
+            text = json.dumps([values, of, _digest(values)])
+            write_durably(self.folder / f"{step}{AMENDED}", text)
 
     def wait(self) -> None:
         """Wait until everything is on disk.
@@ -110,22 +127,19 @@ class Checkpoints:
                 self._orbax.close()
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """What `save` was given as metadata.
+        """What `save` was given as metadata, with the changes by `amend`.
 
         Raises:
             DamagedError: it is gone or cannot be read.
         """
         path = self.folder / str(step) / METADATA
         try:
-            # Reading a pipe would wait forever, and a device may never end.
-            if not stat.S_ISREG(path.lstat().st_mode) or path.stat().st_size > METADATA_BYTES:
-                raise DamagedError(f"{path} is not a file, or too large")
-            metadata = json.loads(path.read_bytes())
+            metadata = json.loads(_read_small_file(path))
         except (OSError, ValueError, RecursionError) as error:
             raise DamagedError(f"{path}: {_one_line(error)}") from None
         if not isinstance(metadata, dict):
             raise DamagedError(f"{path} is not the JSON of a checkpoint")
-        return metadata
+        return metadata | self._amendments(step)
 
     def verify(self, step: int) -> None:
         """Check every byte of a checkpoint.
@@ -214,7 +228,10 @@ class Checkpoints:
         """
         self._make_folder()
         for entry in self.folder.iterdir():
-            if UNFINISHED in entry.name or entry.name.endswith(DELETED):
+            is_orphan = (
+                entry.name.endswith(AMENDED) and not (self.folder / entry.name.removesuffix(AMENDED)).exists()
+            )
+            if UNFINISHED in entry.name or entry.name.endswith((DELETED, ".tmp")) or is_orphan:
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         probe = self.folder / f"probe{UNFINISHED}"
         probe.touch()
@@ -252,6 +269,7 @@ class Checkpoints:
                 doomed = self.folder / f"{step}{DELETED}"
                 with suppress(OSError):
                     (self.folder / str(step)).rename(doomed)
+                    (self.folder / f"{step}{AMENDED}").unlink(missing_ok=True)
                     shutil.rmtree(doomed)
 
     def _is_readable(self, step: int) -> bool:
@@ -261,13 +279,24 @@ class Checkpoints:
             return False
         return True
 
-    def _val_loss(self, step: int) -> float:
-        """The loss that decides which checkpoint is best."""
+    def deciding_loss(self, step: int) -> float:
+        """The loss that decides which checkpoint is the best; infinite where there is none."""
         try:
-            val_loss = self.metadata(step).get("val_loss")
+            metadata = self.metadata(step)
         except DamagedError:
             return math.inf
-        return val_loss if type(val_loss) is float and math.isfinite(val_loss) else math.inf
+        loss = metadata.get("val_loss_part", None)
+        loss = metadata.get("val_loss") if loss is None else loss
+        return loss if type(loss) is float and math.isfinite(loss) else math.inf
+
+    def _amendments(self, step: int) -> dict[str, Any]:
+        """What `amend` has written for this very checkpoint; nothing where that is damaged."""
+        try:
+            values, of, digest = json.loads(_read_small_file(self.folder / f"{step}{AMENDED}"))
+            is_good = of == checksum(self.folder / str(step) / CHECKSUMS) and digest == _digest(values)
+        except (OSError, ValueError, TypeError, RecursionError, DamagedError):
+            return {}
+        return values if is_good and isinstance(values, dict) else {}
 
     def _check_shapes(self, folder: Path, name: str, target: Any) -> None:
         saved = _read(folder, lambda: ocp.StandardCheckpointHandler().metadata(folder / name).tree)
@@ -312,6 +341,17 @@ def read_metadata(checkpoints: Checkpoints, step: int) -> Metadata:
     if metadata.step != step:  # somebody renamed the folder
         raise DamagedError(f"{where}: it belongs to step {metadata.step}")
     return metadata
+
+
+def _read_small_file(path: Path) -> bytes:
+    # Reading a pipe would wait forever, and a device may never end.
+    if not stat.S_ISREG(path.lstat().st_mode) or path.stat().st_size > METADATA_BYTES:
+        raise DamagedError(f"{path} is not a file, or too large")
+    return path.read_bytes()
+
+
+def _digest(values: Any) -> str:
+    return sha256(json.dumps(values).encode()).hexdigest()
 
 
 def _read(folder: Path, function: Callable[[], T]) -> T:

@@ -24,30 +24,41 @@ MEDIAN_WINDOW = 64  # the number of gradient norms that a new one is compared wi
 MIN_NORMS = 16  # with fewer, nothing is skipped
 
 
-def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
-    """The learning rate as a function of the number of updates done, for a run of `steps` updates."""
-    warmup = config.warmup_steps
-    after = max(steps - warmup, 1)
-    match config.schedule:
-        case "cosine":
-            decay = optax.cosine_decay_schedule(peak, after, config.min_lr_ratio)
-        case "linear":
-            decay = optax.linear_schedule(peak, peak * config.min_lr_ratio, after)
-        case "constant":
-            decay = optax.constant_schedule(peak)
-    # Update i of the warm-up has (i + 1) / (warmup + 1) of the peak, so that the first one is not 0.
-    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
-    return optax.join_schedules([rise, decay], [warmup])
+def make_schedule(config: OptimizerConfig, steps: int | jax.Array, peak: float) -> optax.Schedule:
+    """The learning rate as a function of the number of updates done.
+
+    Args:
+        config: the settings.
+        steps: of the whole run. It may be traced, which optax's own schedules do not allow: one compiled
+            program then serves runs of every length.
+        peak: the learning rate after the warm-up.
+    """
+    warmup, ratio = config.warmup_steps, config.min_lr_ratio
+
+    def schedule(count: Any) -> jax.Array:
+        # Update i of the warm-up has (i + 1) / (warmup + 1) of the peak, so that the first one is not 0.
+        rise = (count + 1) / (warmup + 1)
+        decayed = jnp.clip((count - warmup) / jnp.maximum(steps - warmup, 1), 0, 1)  # from 0 to 1
+        match config.schedule:
+            case "cosine":
+                fall = ratio + (1 - ratio) * 0.5 * (1 + jnp.cos(jnp.pi * decayed))
+            case "linear":
+                fall = ratio + (1 - ratio) * (1 - decayed)
+            case "constant":
+                fall = jnp.ones_like(decayed)
+        return peak * jnp.where(count < warmup, rise, fall)
+
+    return schedule
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, steps: int | jax.Array) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW; or Muon for the matrices of the blocks and AdamW for the rest.
 
     Sources: AdamW (Loshchilov and Hutter 2019); Muon (Jordan et al. 2024), as in `optax.contrib`.
 
     Args:
         config: the settings.
-        steps: of the whole run.
+        steps: of the whole run; may be traced, see `make_schedule`.
     """
     schedule = make_schedule(config, steps, config.learning_rate)
     adamw = partial(optax.adamw, schedule, b1=config.b1, b2=config.b2, eps=config.eps, mask=is_matrix)

@@ -10,6 +10,7 @@ import numpy as np
 from gpt_jax.config import Config, Dtype, flatten
 from gpt_jax.data.batches import micro_batch_size
 from gpt_jax.errors import RunError, UserError
+from gpt_jax.model.layers import Params
 from gpt_jax.parallel.devices import resolve_dtype
 from gpt_jax.parallel.mesh import count_shards, platform_of
 from gpt_jax.storage.checkpoints import Checkpoints, read_metadata
@@ -31,6 +32,7 @@ SAFE_TO_CHANGE = (
     "train.grad_accum_steps",
     "train.eval_every",
     "train.log_every",
+    "train.patience",
     "train.sample_length",
     "train.save_minutes",
     "train.steps",
@@ -74,6 +76,22 @@ def restore_newest(
     for step in damaged:
         print(f"WARNING: the damaged checkpoint is kept as {checkpoints.set_aside(step)}")
     return restored
+
+
+def restore_eval_params(checkpoints: Checkpoints, step: int, like: TrainState) -> Params:
+    """The parameters of a checkpoint to evaluate with, in the shapes and shardings of a state.
+
+    Raises:
+        DamagedError: the checkpoint cannot be read.
+    """
+    checkpoints.verify(step)
+    item = "params" if like.ema_params is None else "ema_params"
+    target = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like.eval_params
+    )
+    version = read_metadata(checkpoints, step).format_version
+    restored = checkpoints.restore(step, {item: array_names(target, version)})[item]
+    return current_array_names(restored, version)
 
 
 def resolve(config: Config, mesh: jax.sharding.Mesh, saved: Metadata | None = None) -> Config:

@@ -13,11 +13,11 @@ from gpt_jax.model.loss import batch_loss
 from gpt_jax.model.transformer import GPT
 from gpt_jax.parallel.mesh import count_shards, platform_of, replicated, split_batch
 from gpt_jax.rng import BATCH_STREAM, DROPOUT_STREAM, stream
-from gpt_jax.training.optimizer import count_skipped
+from gpt_jax.training.optimizer import count_skipped, make_optimizer
 from gpt_jax.training.state import TrainState
 
 Metrics = dict[str, Any]
-TrainSteps = Any  # a jitted or compiled (state, tokens_N, seed, n_steps) -> (state, metrics)
+TrainSteps = Any  # a jitted or compiled (state, tokens_N, seed, n_steps, last_step) -> (state, metrics)
 
 
 def loss_and_gradient(
@@ -104,24 +104,19 @@ def train_step(
     return state, metrics, by_array
 
 
-def make_train_steps(
-    config: Config,
-    model: GPT,
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    max_steps: int,
-) -> TrainSteps:
+def make_train_steps(config: Config, model: GPT, state: TrainState, max_steps: int) -> TrainSteps:
     """The jitted function that the training loop calls.
 
     Args:
-        config, model, optimizer: what to train, on the devices of `model.mesh`.
+        config, model: what to train, on the devices of `model.mesh`.
         state: the state, or its shapes: only shardings are read.
         max_steps: M, the largest number of updates in one call.
 
     Returns:
-        `(state, tokens_N, seed, n_steps) -> (state, metrics)`: `n_steps` updates, at most M, with the random
-        numbers of `seed` (uint32; `config.seed` is not read, so one compiled program serves every seed). The
-        state that goes in is donated. The call ends early at an update that would not be finite. Metrics:
+        `(state, tokens_N, seed, n_steps, last_step) -> (state, metrics)`: `n_steps` updates, at most M, of a
+        run of `last_step`, with the random numbers of `seed` (uint32). `config.seed` and `config.train.steps`
+        are not read, so one compiled program serves every seed and every length of the run. The state that
+        goes in is donated. The call ends early at an update that would not be finite. Metrics:
 
         - "loss" (nats per token, of the batch, before its update), "grad_norm" (global, before clipping):
           float32 [M], one for each update and for the one that was not made.
@@ -134,9 +129,10 @@ def make_train_steps(
     shardings: Any = jax.tree.map(lambda leaf: leaf.sharding, state)
 
     def train_steps(
-        state: TrainState, tokens_N: jax.Array, seed: jax.Array, n_steps: jax.Array
+        state: TrainState, tokens_N: jax.Array, seed: jax.Array, n_steps: jax.Array, last_step: jax.Array
     ) -> tuple[TrainState, Metrics]:
         first_step = state.step
+        optimizer = make_optimizer(config.optimizer, last_step)
 
         # The length of the loop is an argument: one program serves every number of steps, so the numbers do
         # not depend on how training is divided into calls.
@@ -169,7 +165,7 @@ def make_train_steps(
     everywhere = replicated(model.mesh)
     return jax.jit(
         train_steps,
-        in_shardings=(shardings, everywhere, everywhere, everywhere),
+        in_shardings=(shardings, *[everywhere] * 4),
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
     )
