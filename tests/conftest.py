@@ -76,6 +76,12 @@ def pytest_configure(config):
         os.sched_setaffinity(0, {cores[int((worker or "gw0")[2:]) % len(cores)]})
 
 
+def some(*cases, quick=1):
+    """Cases of a parametrized test, of which a plain `pytest` takes the first ones only."""
+    slow = [case if isinstance(case, tuple) else (case,) for case in cases[quick:]]
+    return [*cases[:quick], *(pytest.param(*case, marks=pytest.mark.slow) for case in slow)]
+
+
 # Every option of the model by itself, and the modern model that has them all.
 MODERN = {
     "norm": "rmsnorm", "activation": "relu2", "position": "rope", "qk_norm": True,
@@ -99,6 +105,8 @@ MODELS = {
     "more_blocks_than_queries": {"query_blocks": 9},
     "modern": MODERN,
 }
+QUICK = ("gpt2", "modern")  # those that a plain `pytest` takes
+NAMES = some(*QUICK, *(name for name in MODELS if name not in QUICK), quick=len(QUICK))
 VOCAB = 11
 
 

@@ -56,6 +56,7 @@ def stand_in(tmp_path):
     return checkout
 
 
+@pytest.mark.slow
 def test_time_to_loss_runs_both_in_turn(stand_in, tmp_path):
     file = tmp_path / "result.json"
     done = time_to_loss(
@@ -85,6 +86,7 @@ def test_time_to_loss_runs_both_in_turn(stand_in, tmp_path):
     assert not (stand_in / "data" / "shakespeare_char" / "input.txt").exists()  # it is left as it was
 
 
+@pytest.mark.slow
 def test_a_target_that_is_not_reached_is_said(stand_in, tmp_path):
     file = tmp_path / "result.json"
     done = time_to_loss("--target=1", "--config", SMOKE, "--nanogpt", stand_in, "--repeats=1", "--json", file)
@@ -118,6 +120,7 @@ def test_what_cannot_be_timed_is_one_line(arguments, status, message):
     assert message in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_waiting_measures_cold_and_warm(tmp_path):
     file = tmp_path / "waiting.json"
     model = REPOSITORY / "tests" / "data" / "export_v1"
@@ -171,6 +174,7 @@ def test_the_gpu_steps_have_their_time_and_it_is_nine_minutes():
     assert sum(int(limit) + grace for limit in limits.values()) < 9 * 60
 
 
+@pytest.mark.slow
 def test_gpu_steps_that_fail_say_why_and_the_summary_says_which(tmp_path):
     assert run(*gpu_step("facts", tmp_path)).returncode == 0
     assert run(*gpu_step("nanogpt_eager", tmp_path)).returncode == 0  # there is nothing to do

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from conftest import MODELS, VOCAB, apply, init, make_params, small_model
+from conftest import MODELS, NAMES, VOCAB, apply, init, make_params, small_model, some
 from flax import linen as nn
 
 from gpt_jax.commands.paths import ROOT as REPOSITORY
@@ -30,9 +30,9 @@ def read_config(name):
     return Config.from_dict(values)
 
 
-@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
-def test_forward_equals_numpy(options):
-    config = small_model(**options)
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_equals_numpy(name):
+    config = small_model(**MODELS[name])
     params = make_params(config)
     tokens_BxT = random_tokens(3, config.context)
     logits_BxTxV, _ = apply(GPT(config, VOCAB), params, tokens_BxT)
@@ -42,7 +42,7 @@ def test_forward_equals_numpy(options):
     np.testing.assert_allclose(logits_BxTxV, wanted, atol=3e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["bias", "modern", "swiglu"])
+@pytest.mark.parametrize("name", some("modern", "bias", "swiglu"))
 def test_gradient_equals_finite_differences_in_float64(name):
     config = small_model(**MODELS[name])
     params = make_params(config)
@@ -66,6 +66,7 @@ def test_gradient_equals_finite_differences_in_float64(name):
         assert abs(got - wanted) < 1e-4 * scale + 1e-7, jax.tree.leaves_with_path(params)[i][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "modern"])
 def test_jitted_gradient_equals_unjitted(name):
     config = small_model(dropout=0.3, attention_dropout=0.3, **MODELS[name])
@@ -121,7 +122,7 @@ def test_the_best_is_no_larger_than_its_record_allows():
 
 
 @pytest.mark.parametrize(
-    "name", ["shakespeare", "shakespeare_cpu", "shakespeare_cpu_long", "shakespeare_quick"]
+    "name", some("shakespeare", "shakespeare_cpu", "shakespeare_cpu_long", "shakespeare_quick")
 )
 def test_loss_at_initialisation_is_that_of_guessing(name):
     config = read_config(name).model
@@ -153,7 +154,7 @@ def test_zero_initialised_blocks_add_nothing():
 
 
 @pytest.mark.parametrize(
-    "other", [{"remat": "block"}, {"unroll": "no"}, {"remat": "elementwise", "unroll": "no"}]
+    "other", some({"remat": "elementwise", "unroll": "no"}, {"remat": "block"}, {"unroll": "no"})
 )
 @pytest.mark.parametrize("name", ["gpt2", "modern"])
 def test_remat_and_unrolling_change_no_gradient(name, other):
@@ -167,6 +168,7 @@ def test_remat_and_unrolling_change_no_gradient(name, other):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), *gradient)
 
 
+@pytest.mark.slow
 def test_remat_keeps_fewer_activations():
     config = small_model(n_layer=6, context=64)
     params = make_params(config)
@@ -247,7 +249,7 @@ def test_logits_are_not_rounded_to_bfloat16(options):
     assert (logits != rounded).mean() > 0.9
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_float32_is_float32_on_matrix_units_too(name):
     """Every matrix product, forward and backward, asks for full precision of a TPU's or GPU's units."""
     products = matrix_products(small_model(dtype="float32", **MODELS[name]))
@@ -294,7 +296,7 @@ def test_the_fused_kernel_gets_what_attend_gets(name, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), fused, plain)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_layers_are_unstacked_and_stacked_again(name):
     params = make_params(small_model(**MODELS[name]))
     unstacked = unstack_layers(params)
@@ -304,6 +306,7 @@ def test_layers_are_unstacked_and_stacked_again(name):
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+@pytest.mark.slow
 def test_more_than_ten_layers_are_stacked_in_their_order():
     params = make_params(small_model(n_layer=12))
     jax.tree.map(np.testing.assert_array_equal, stack_layers(unstack_layers(params)), params)

@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from gpt_jax.commands.paths import ROOT as REPOSITORY
 
 HIDE = """
@@ -51,6 +53,7 @@ def run(*arguments, cwd):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_training_resuming_and_sampling(text_file, tmp_path):
     command = [
         "gpt_jax.train", "--config", REPOSITORY / "configs" / "smoke.py", f"--config.data.path={text_file}",

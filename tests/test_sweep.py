@@ -23,6 +23,7 @@ def base(tiny_config):
     return tiny_config(train={"steps": 6, "eval_every": 3, "log_every": 3})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "points"),
     [
@@ -54,6 +55,7 @@ def test_runs_trained_at_once_end_as_alone(base, tmp_path, settings, points):
         np.testing.assert_allclose(losses, [r["val_loss"] for r in alone], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_the_text_that_its_settings_name(base, tmp_path):
     points = []
     for name, text in (("dog", "the lazy dog sleeps. "), ("fox", "a quick fox jumps over it! ")):
@@ -68,6 +70,7 @@ def test_a_run_trains_on_the_text_that_its_settings_name(base, tmp_path):
         assert line["val_loss"] == pytest.approx(alone, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_finite_has_no_loss(base, tmp_path, capsys):
     points = [{"optimizer.learning_rate": 0.01}, {"optimizer.learning_rate": 1e38}]
     sweep(base, "tiny", points, [1], tmp_path / "sweep.jsonl", together=2)
@@ -126,6 +129,7 @@ def sweep_command(*arguments, cwd=None):
     return subprocess.run([*map(str, command)], capture_output=True, encoding="utf-8", cwd=cwd, timeout=600)
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_was(base, tmp_path):
     out = tmp_path / "sweep.jsonl"
     sweep(base, "tiny", [{}], [1], out, together=1)
