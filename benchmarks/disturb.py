@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from facts import REPOSITORY
 
 from gpt_jax.monitor.metrics import read_metrics
+from gpt_jax.storage.checkpoints import Checkpoints
 
 ITEMS = ("params", "opt_state", "ema_params")
 TIMING = ("seconds", "tokens_per_second")
@@ -33,10 +34,12 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def write_text(path: Path) -> Path:
-    """A text of 3,000 characters with something to learn in it."""
+def write_text(path: Path, length: int = 3000) -> Path:
+    """A text of so many characters with something to learn in it."""
     words = ["to be ", "or not ", "that is ", "the question\n", "sleep, ", "perchance "]
-    path.write_text("".join(np.random.default_rng(0).choice(words, 500))[:3000], encoding="utf-8")
+    text = "".join(np.random.default_rng(0).choice(words, length // 6))
+    assert len(text) >= length
+    path.write_text(text[:length], encoding="utf-8")
     return path
 
 
@@ -121,7 +124,7 @@ def steps_of(workdir: Path) -> list[int]:
 def result_of(workdir: Path) -> dict[str, Any]:
     """All that must be the same after any disturbance, by name: every array, every line, every sample.
 
-    Read with Orbax alone, without gpt_jax's own code.
+    The arrays are read with Orbax alone, without gpt_jax's own code.
     """
     found: dict[str, Any] = {}
     step = steps_of(workdir)[-1]
@@ -132,6 +135,11 @@ def result_of(workdir: Path) -> dict[str, Any]:
                 continue
             for path, leaf in jax.tree_util.tree_leaves_with_path(checkpointer.restore(folder)):
                 found[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    best = checkpoints.best_first()[0]
+    metadata = checkpoints.metadata(best)
+    found["best"] = [best, metadata["val_loss"], metadata["val_loss_part"]]
+    checkpoints.close()
     records = read_metrics(workdir / "metrics.jsonl")
     found["steps"] = [record["step"] for record in records]
     for record in records:

@@ -4,9 +4,10 @@
 
 One run after another is trained to its end by `train.py`, each disturbed at random instants: SIGKILL,
 SIGTERM or Ctrl-C (often twice), and between two processes now and then a damaged file in the newest
-checkpoint. At its end a run must equal the undisturbed one bit for bit: parameters, moving average,
-optimizer state, metrics and samples. Prints a line for each run, and the counts at the end; exit status
-1 if anything differs.
+checkpoint. Two thirds of the runs have long evaluations, and most of their faults come during one. At its
+end a run must equal the undisturbed one bit for bit: parameters, moving average, optimizer state, metrics,
+samples, and the losses of its best checkpoint. Prints a line for each run, and the counts at the end; exit
+status 1 if anything differs.
 """
 
 import argparse
@@ -20,29 +21,48 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from disturb import Training, differences, result_of, spoil_something, steps_of, undisturbed, write_text
+
+from gpt_jax.storage.checkpoints import Checkpoints
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 EXPECTED = {signal.SIGKILL: {-9, 0}, signal.SIGTERM: {143, 0}, signal.SIGINT: {130, 0}}
 
+# Settings besides those of `disturb.SETTINGS`, and the length of the text. A tenth of it is for validation.
+RECIPES: dict[str, tuple[dict[str, Any], int]] = {
+    "short evaluations": ({}, 3_000),
+    "long evaluations": ({}, 600_000),
+    "a part, then all": ({"train.eval_tokens": 15_000}, 600_000),
+}
 UNCACHED = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 
 
 def disturbed_run(
-    folder: Path, text: Path, chance: random.Random, cache: dict[str, str], counts: collections.Counter[str]
+    workdir: Path,
+    text: Path,
+    settings: dict[str, Any],
+    evaluates_long: bool,
+    chance: random.Random,
+    cache: dict[str, str],
+    counts: collections.Counter[str],
 ) -> list[str]:
     """Train one run to its end, disturbing it; what went wrong."""
-    workdir = folder / "run"
     problems = []
     for _ in range(chance.randrange(1, 6)):  # processes before the one that is left in peace
         cached = chance.random() < 0.8
-        training = Training(workdir, text, environment=cache if cached else UNCACHED)
-        # Most of a process is imports and compilation: three quarters of the faults come after those begin.
-        if chance.random() < 0.75:
-            training.wait_for("compile")
+        unfinished = unfinished_step(workdir)
+        training = Training(workdir, text, settings, environment=cache if cached else UNCACHED)
         number = chance.choice(SIGNALS)
-        time.sleep(chance.uniform(0, 5 if cached else 15))
+        # Most of a process is imports and compilation: three quarters of the faults come after those begin.
+        if evaluates_long and chance.random() < 0.75:
+            training.wait_for("compile evaluation")
+            time.sleep(chance.uniform(0, 4))
+        else:
+            if chance.random() < 0.75:
+                training.wait_for("compile")
+            time.sleep(chance.uniform(0, 5 if cached else 15))
         alive = training.process.poll() is None
         training.send(number)
         twice = number != signal.SIGKILL and chance.random() < 0.3
@@ -56,17 +76,29 @@ def disturbed_run(
         allowed = EXPECTED[number] | ({-number} if early or twice else set()) | ({1, 130} if early else set())
         if status not in allowed:
             problems.append(f"status {status} after {number.name}: {training.output[-2000:]}")
+        counts["signals in evaluations"] += unfinished_step(workdir) not in (None, unfinished)
         steps = steps_of(workdir)
         if len(steps) >= 2 and chance.random() < 0.35:
             what = spoil_something(workdir / "checkpoints" / str(steps[-1]), chance)
             counts["corruptions"] += 1
-            training = Training(workdir, text, environment=cache)
+            training = Training(workdir, text, settings, environment=cache)
             if training.wait() != 0 or f"checkpoints/{steps[-1]} is damaged" not in training.output:
                 problems.append(f"{what} in {steps[-1]} went unnoticed: {training.output[-2000:]}")
-    training = Training(workdir, text, environment=cache)
+    training = Training(workdir, text, settings, environment=cache)
     if training.wait() != 0:
         problems.append(f"lost: {training.output[-2000:]}")
     return problems
+
+
+def unfinished_step(workdir: Path) -> int | None:
+    """The newest step, if a signal interrupted its evaluation, sample or plot; else None."""
+    steps = steps_of(workdir)
+    if not steps:
+        return None
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    metadata = checkpoints.metadata(steps[-1])
+    checkpoints.close()
+    return None if metadata["unfinished"] is None else steps[-1]
 
 
 def main() -> int:
@@ -84,30 +116,39 @@ def main() -> int:
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         base = Path(place)
-        text = write_text(base / "text.txt")
         cache = {
             "JAX_ENABLE_COMPILATION_CACHE": "true",
             "JAX_COMPILATION_CACHE_DIR": str(base / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "TF_CPP_MIN_LOG_LEVEL": "3",
         }
-        undisturbed(base / "undisturbed", text)
-        wanted = result_of(base / "undisturbed")
+        texts, wanted = {}, {}
+        for name, (settings, length) in RECIPES.items():
+            texts[name] = write_text(base / f"{name}.txt", length)
+            undisturbed(base / name, texts[name], settings)
+            wanted[name] = result_of(base / name)
         while time.monotonic() - begun < 60 * flags.minutes:
-            folder = base / f"disturbed{counts['runs']}"
-            problems = disturbed_run(folder, text, chance, cache, counts)
+            workdir = base / f"disturbed{counts['runs']}" / "run"
+            name = chance.choice(list(RECIPES))
+            settings, length = RECIPES[name]
+            problems = disturbed_run(
+                workdir, texts[name], settings, length > 100_000, chance, cache, counts
+            )  # fmt: skip
             counts["runs"] += 1
             if problems:
                 counts["runs lost"] += 1
             else:
-                problems = [f"{name} differs" for name in differences(result_of(folder / "run"), wanted)]
+                problems = [f"{what} differs" for what in differences(result_of(workdir), wanted[name])]
                 counts["runs that differ"] += bool(problems)
             for problem in problems:
-                print(problem, flush=True)
+                print(f"{name}: {problem}", flush=True)
             print(f"{(time.monotonic() - begun) / 60:5.1f} min  {dict(counts)}", flush=True)
             if not problems:
-                shutil.rmtree(folder)
-    names = ("runs", "kills", "signals", "second signals", "corruptions", "runs lost", "runs that differ")
+                shutil.rmtree(workdir.parent)
+    names = (
+        "runs", "kills", "signals", "second signals", "signals in evaluations", "corruptions", "runs lost",
+        "runs that differ",
+    )  # fmt: skip
     result = {name: counts[name] for name in names} | {"minutes": round((time.monotonic() - begun) / 60, 1)}
     print(json.dumps(result))
     if flags.json:
