@@ -126,7 +126,7 @@ def undisturbed(config, workdir):
     return WHOLE[key]
 
 
-@pytest.mark.parametrize("eval_tokens", some(0, 100), ids=["whole", "part"])
+@pytest.mark.parametrize("eval_tokens", some(0, 200), ids=["whole", "part"])
 @pytest.mark.parametrize("case", some(*CASES, quick=4))
 def test_a_stop_waits_for_nothing_and_the_resumed_run_catches_up(
     tiny_config, tmp_path, monkeypatch, capsys, case, eval_tokens
