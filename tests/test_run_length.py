@@ -17,6 +17,7 @@ from gpt_jax.commands.training_run import train
 from gpt_jax.errors import UserError
 from gpt_jax.interchange.trained_model import load
 from gpt_jax.storage import checkpoints
+from gpt_jax.training import loop
 
 PLENTY = 60.0  # minutes
 
@@ -219,7 +220,8 @@ def test_a_chosen_length_is_in_the_card(tiny_config, tmp_path, fourteen_fit):
 
 def test_the_promised_time_includes_the_evaluations(tiny_config, tmp_path, monkeypatch, capsys):
     """Two of them, of 1,000 seconds each; the steps take less than 400."""
-    monkeypatch.setattr(progress, "SECONDS_PER_CALL", 0.0)  # else only calls that take long are told of
+    monkeypatch.setattr(loop, "SECONDS_PER_CALL", 0.0)  # one step a call
+    monkeypatch.setattr(progress, "SECONDS_PER_CALL", 0.0)  # else only long calls lead to a promise
     monkeypatch.setattr(evaluator.Evaluator, "seconds", lambda *_: 1000.0)
     assert train(tiny_config(), tmp_path / "run") == 0
     said = capsys.readouterr().out
