@@ -38,7 +38,7 @@ OTHER_NAMES = {
     "beta2": "--config.optimizer.b2",
     "grad_clip": "--config.optimizer.clip_norm",
 }
-# nanoGPT flags without an equivalent.
+# Flags without an equivalent here, and what to do instead.
 NO_FLAG = {
     "epochs": "give the number of updates, --config.train.steps",
     "device": "set the environment variable JAX_PLATFORMS, as in JAX_PLATFORMS=cpu",

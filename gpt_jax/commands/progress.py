@@ -20,7 +20,7 @@ from gpt_jax.training.loop import MAX_STEPS_PER_CALL, SECONDS_PER_CALL, Moment, 
 
 
 class Rehearsal:
-    """Compiles and times what a run does at an evaluation. What it computes is dropped."""
+    """Compiles and times what a run does at an evaluation."""
 
     def __init__(self, evaluate: Evaluator, sample: Sampler, plot: Plotter, saver: Saver):
         self.evaluate, self.sample, self.plot, self.saver = evaluate, sample, plot, saver
