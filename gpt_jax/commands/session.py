@@ -163,8 +163,9 @@ class Session:
         ]
 
     def _stop_at_nan(self, moment: Moment) -> NoReturn:
-        self.recorder.take_in(moment)
-        self.recorder.write(moment)
+        if moment.n_steps:  # else the line of this step is written
+            self.recorder.take_in(moment)
+            self.recorder.write(moment)
         self.saver.save(moment)
         raise RunError(_describe_not_finite(moment))
 
