@@ -14,7 +14,7 @@ from flax import linen as nn
 from gpt_jax.commands.paths import ROOT as REPOSITORY
 from gpt_jax.config import Config
 from gpt_jax.model import attention
-from gpt_jax.model.attention import attend_in_blocks
+from gpt_jax.model.attention import attend, attend_in_blocks, attend_to_cache
 from gpt_jax.model.cache import empty_cache
 from gpt_jax.model.loss import batch_loss, token_losses
 from gpt_jax.model.params import count_params, init_params, stack_layers, unstack_layers
@@ -194,6 +194,18 @@ def test_blocks_of_queries_compute_less():
     # Of b x b squares of scores, those on and below the diagonal are left.
     assert flops(2) < 0.8 * flops(1)
     assert flops(8) < 0.65 * flops(1)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 2e-2)])
+def test_one_query_attends_by_sums_as_by_products(dtype, tolerance):
+    q, k, v = jax.random.normal(jax.random.key(3), (3, 2, 3, 9, 4), dtype)
+    for position in (0, 3, 8):
+        query, mask = q[:, :, position : position + 1], jnp.arange(9)[None] <= position
+        wanted = attend(query, k, v, mask)
+        for by_sums in (False, True):
+            got = attend_to_cache(query, k.swapaxes(2, 3), v, mask, by_sums)
+            assert got.dtype == wanted.dtype
+            np.testing.assert_allclose(got.astype("float32"), wanted.astype("float32"), atol=tolerance)
 
 
 def test_dropout_is_drawn_for_each_block_of_queries():

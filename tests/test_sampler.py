@@ -1,3 +1,5 @@
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from scipy import stats
 from gpt_jax.model.cache import empty_cache
 from gpt_jax.model.params import unstack_layers
 from gpt_jax.model.transformer import GPT
-from gpt_jax.sampling.generate import generate_tokens, prefill, window_start
+from gpt_jax.sampling.generate import decode, generate_tokens, prefill, window_start
 from gpt_jax.sampling.rules import apply_rules, make_rules
 
 KEY = jax.random.key(5)
@@ -100,6 +102,18 @@ def test_greedy_texts_differ_between_windows():
     model, params = make_model()
     texts = [generate(model, params, prompt_of(3), 50, window=w).tolist() for w in ("half", "exact")]
     assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_token_copies_no_whole_cache(rows):
+    model, params = make_model()
+    params = unstack_layers(params)
+    logits_BxV, cache = prefill(model, params, prompt_of(3, rows), np.int32(3))
+    arguments = (model, 4, params, logits_BxV, cache, make_rules(), KEY, np.int32(3))
+    program = decode.lower(*arguments).compile().as_text()
+    of_a_cache = {",".join(map(str, x.shape)) for x in (cache.layers[0].k_BxHxKxS, cache.layers[0].v_BxHxSxK)}
+    copied = re.findall(r"= f32\[([0-9,]+)\]\S* copy\(", program)
+    assert not of_a_cache & set(copied)
 
 
 @pytest.mark.parametrize("context", [1, 2, 3, 8, 9])

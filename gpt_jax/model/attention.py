@@ -14,7 +14,9 @@ from gpt_jax.model.cache import LayerCache
 from gpt_jax.model.dropout import dropout
 from gpt_jax.model.layers import compute_dtype, make_linear, residual_std, rms_norm
 from gpt_jax.model.options import rotate
-from gpt_jax.parallel.devices import causal_cudnn, first_device, has_cudnn_attention
+from gpt_jax.parallel.devices import causal_cudnn, first_device, has_cudnn_attention, has_parallel_sums
+
+MIN_CACHE_FOR_SUMS = 2**19  # numbers; with fewer, waking the other cores takes longer than it saves
 
 
 class CausalSelfAttention(nn.Module):
@@ -81,8 +83,10 @@ def causal_attention(
 
     if cache is not None:
         # Positions of the cache after the last token hold stale keys; the mask hides them too.
-        mask_TxS = causal_mask(positions_T, cache.k_BxHxSxK.shape[2])
-        return attend(q_BxHxTxK, cache.k_BxHxSxK, cache.v_BxHxSxK, mask_TxS)
+        mask_TxS = causal_mask(positions_T, cache.v_BxHxSxK.shape[2])
+        is_large = cache.v_BxHxSxK.size >= MIN_CACHE_FOR_SUMS
+        by_sums = len(positions_T) == 1 and is_large and has_parallel_sums(*first_device(mesh))
+        return attend_to_cache(q_BxHxTxK, cache.k_BxHxKxS, cache.v_BxHxSxK, mask_TxS, by_sums)
     mask_TxT = causal_mask(positions_T, k_BxHxTxK.shape[2])
     if record is not None:
         return attend(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, mask_TxT, record=record)
@@ -127,6 +131,34 @@ def attend(
     weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS, axis=-1)
     record(weights_BxHxTxS)
     weights_BxHxTxS = drop(weights_BxHxTxS.astype(q_BxHxTxK.dtype))
+    return jnp.einsum("bhts,bhsk->bhtk", weights_BxHxTxS, v_BxHxSxK)
+
+
+def attend_to_cache(
+    q_BxHxTxK: jax.Array, k_BxHxKxS: jax.Array, v_BxHxSxK: jax.Array, mask_TxS: jax.Array, by_sums: bool
+) -> jax.Array:
+    """`attend`, with the keys as the cache holds them.
+
+    Args:
+        q_BxHxTxK: queries.
+        k_BxHxKxS, v_BxHxSxK: keys and values.
+        mask_TxS: true where a query may read a key.
+        by_sums: compute with sums in place of matrix products; for one query only. The products of one query
+            and the keys of many heads are as many products of a vector and a small matrix. XLA computes them
+            on one core of a CPU, one after the other, but sums on all cores.
+    """
+    q_BxHxTxK *= q_BxHxTxK.shape[-1] ** -0.5
+    if by_sums:
+        products_BxHxKxS = q_BxHxTxK.swapaxes(2, 3) * k_BxHxKxS
+        scores_BxHxTxS = jnp.sum(products_BxHxKxS, axis=2, keepdims=True, dtype=jnp.float32)
+    else:
+        scores_BxHxTxS = jnp.einsum(
+            "bhtk,bhks->bhts", q_BxHxTxK, k_BxHxKxS, preferred_element_type=jnp.float32
+        )
+    scores_BxHxTxS = jnp.where(mask_TxS[None, None], scores_BxHxTxS, jnp.finfo(jnp.float32).min)
+    weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS, axis=-1).astype(q_BxHxTxK.dtype)
+    if by_sums:
+        return jnp.sum(weights_BxHxTxS.swapaxes(2, 3) * v_BxHxSxK, axis=2, keepdims=True)
     return jnp.einsum("bhts,bhsk->bhtk", weights_BxHxTxS, v_BxHxSxK)
 
 

@@ -58,6 +58,11 @@ def has_cudnn_attention(config: ModelConfig, platform: str, compute_capability: 
     return True
 
 
+def has_parallel_sums(platform: str, compute_capability: str = "") -> bool:
+    """Whether sums, but not products of one row, are spread over the cores: on a CPU since jax 0.11."""
+    return platform == "cpu" and jax.__version_info__ >= (0, 11)
+
+
 causal_cudnn = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
 
 

@@ -82,13 +82,10 @@ def generate_tokens(
     recent_BxR = np.asarray(prompt_BxP, np.int32)[:, -context:]  # no window reaches further back
     while n < end:
         # Each round generates what fits into one window; the next starts from the tokens alone.
-        for piece_BxC in pieces_of(model, params, recent_BxR, n, rules, key):
-            piece_BxC = piece_BxC[:, : end - n]
+        for piece_BxC in pieces_of(model, params, recent_BxR, n, end, rules, key):
             n += piece_BxC.shape[1]
             recent_BxR = np.concatenate([recent_BxR, piece_BxC], axis=1)[:, -context:]
             yield piece_BxC
-            if n == end:
-                return
 
 
 def _half_pieces(
@@ -96,10 +93,11 @@ def _half_pieces(
     params: Params,
     recent_BxR: np.ndarray,
     n: int,
+    end: int,
     rules: SamplingRules,
     key: jax.Array,
 ) -> Iterator[np.ndarray]:
-    """The tokens from number n on, until the window shrinks."""
+    """The tokens from number n on, until number `end`, or until the window shrinks."""
     context = model.config.context
     half = max(context // 2, 1)
     filled = n - window_start(n, context)
@@ -109,14 +107,19 @@ def _half_pieces(
     window_BxT[:rows, :filled] = recent_BxR[:, -filled:]
     logits_BxV, cache = prefill(model, params, window_BxT, np.int32(filled))
 
-    room = context + 1 - filled  # tokens to predict before the window is too long
+    room = min(context + 1 - filled, end - n)  # with more tokens, the window would be too long
     chunk = chunk_length(context)
+    before_BxC = None
     for done in range(0, room, chunk):
         logits_BxV, cache, drawn_BxC = decode(
             model, chunk, params, logits_BxV, cache, rules, key, np.int32(n + done)
         )
-        # What the last chunk draws beyond the room is dropped.
-        yield np.asarray(drawn_BxC)[:rows, : room - done]
+        # Read a chunk only when the next one is under way, so that the device always has work.
+        if before_BxC is not None:
+            yield np.asarray(before_BxC)[:rows]
+        before_BxC = drawn_BxC
+    # What the last chunk draws beyond the room is dropped.
+    yield np.asarray(before_BxC)[:rows, : room - done]
 
 
 def _exact_pieces(
@@ -124,13 +127,14 @@ def _exact_pieces(
     params: Params,
     recent_BxR: np.ndarray,
     n: int,
+    end: int,
     rules: SamplingRules,
     key: jax.Array,
 ) -> Iterator[np.ndarray]:
-    """The next chunk of tokens, each from a forward pass over the last `context` tokens."""
+    """The next chunk of tokens, or those until number `end`, each from a forward pass over a whole window."""
     window_BxT = np.zeros((len(recent_BxR), model.config.context), np.int32)
     window_BxT[:, : recent_BxR.shape[1]] = recent_BxR
-    yield np.asarray(decode_exact(model, params, window_BxT, rules, key, np.int32(n)))
+    yield np.asarray(decode_exact(model, params, window_BxT, rules, key, np.int32(n)))[:, : end - n]
 
 
 @partial(jax.jit, static_argnums=0)
