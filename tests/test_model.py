@@ -16,6 +16,7 @@ from gpt_jax.config import Config
 from gpt_jax.model import attention
 from gpt_jax.model.attention import attend, attend_in_blocks, attend_to_cache
 from gpt_jax.model.cache import empty_cache
+from gpt_jax.model.layers import linear_product
 from gpt_jax.model.loss import batch_loss, token_losses
 from gpt_jax.model.params import count_params, init_params, stack_layers, unstack_layers
 from gpt_jax.model.transformer import GPT
@@ -166,6 +167,33 @@ def test_remat_and_unrolling_change_no_gradient(name, other):
         for c in (config, dataclasses.replace(config, **other))
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), *gradient)
+
+
+@pytest.mark.parametrize(
+    "x_shape, kernel_shape, axes",
+    [((2, 5, 6), (6, 3, 2, 4), (2,)), ((2, 3, 5, 4), (3, 4, 6), (1, 3)), ((2, 5, 7), (7, 3), (2,))],
+    ids=["wider", "of two axes", "narrower"],
+)
+def test_gradients_of_a_linear_product(x_shape, kernel_shape, axes):
+    x, kernel = (jax.random.normal(jax.random.key(len(shape)), shape) for shape in (x_shape, kernel_shape))
+    dimensions = ((axes, tuple(range(len(axes)))), ((), ()))
+
+    def pull_back(product):
+        y, gradients_of = jax.vjp(lambda x, kernel: product(x, kernel, dimensions), x, kernel)
+        return y, *gradients_of(jnp.cos(y))
+
+    for got, wanted in zip(pull_back(linear_product), pull_back(jax.lax.dot_general), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA on a CPU")
+@pytest.mark.parametrize("activation", ["gelu", "relu2"])
+def test_no_wide_activation_is_transposed(activation):
+    config = small_model(activation=activation, d_mlp=48)
+    arguments = (random_tokens(3, 8), random_tokens(3, 8, seed=1), jax.random.key(0))
+    gradient = jax.jit(jax.grad(batch_loss), static_argnums=1)
+    program = gradient.lower(make_params(config), GPT(config, VOCAB), *arguments).compile().as_text()
+    assert "f32[24,48]" in program and "f32[48,24]" not in program  # of 24 tokens
 
 
 @pytest.mark.slow

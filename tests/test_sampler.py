@@ -9,7 +9,7 @@ from scipy import stats
 from gpt_jax.model.cache import empty_cache
 from gpt_jax.model.params import unstack_layers
 from gpt_jax.model.transformer import GPT
-from gpt_jax.sampling.generate import decode, generate_tokens, prefill, window_start
+from gpt_jax.sampling.generate import _min_rows, decode, generate_tokens, prefill, window_start
 from gpt_jax.sampling.rules import apply_rules, make_rules
 
 KEY = jax.random.key(5)
@@ -107,6 +107,7 @@ def test_greedy_texts_differ_between_windows():
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_token_copies_no_whole_cache(rows):
     model, params = make_model()
+    rows = max(rows, _min_rows())
     params = unstack_layers(params)
     logits_BxV, cache = prefill(model, params, prompt_of(3, rows), np.int32(3))
     arguments = (model, 4, params, logits_BxV, cache, make_rules(), KEY, np.int32(3))

@@ -7,7 +7,6 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from gpt_jax.config import ModelConfig
-from gpt_jax.parallel.devices import first_device, resolve_model
 
 
 def stack(block: Any, config: ModelConfig, mesh: Mesh | None) -> nn.Module:
@@ -17,19 +16,18 @@ def stack(block: Any, config: ModelConfig, mesh: Mesh | None) -> nn.Module:
 
     Args:
         block: a module class with the attributes `config` and `mesh`.
-        config: of the model.
-        mesh: the devices, which decide what "auto" means for `remat` and `unroll`.
+        config: of the model, "auto" resolved.
+        mesh: the devices.
     """
-    resolved = resolve_model(config, *first_device(mesh))
-    if resolved.remat != "nothing":
+    if config.remat != "nothing":
         products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        policy = products if resolved.remat == "elementwise" else None
+        policy = products if config.remat == "elementwise" else None
         # Inside a loop the compiler cannot merge the two forward passes; unrolled, it could.
-        block = nn.remat(block, prevent_cse=resolved.unroll == "yes", policy=policy)
+        block = nn.remat(block, prevent_cse=config.unroll == "yes", policy=policy)
     return nn.scan(
         block,
         length=config.n_layer,
-        unroll=config.n_layer if resolved.unroll == "yes" else 1,
+        unroll=config.n_layer if config.unroll == "yes" else 1,
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, nn.broadcast, 0),

@@ -31,6 +31,7 @@ from gpt_jax.model.layers import (
 )
 from gpt_jax.model.options import CausalConvolution, add_x0, bigram_ids, n_bigram_ids
 from gpt_jax.model.stack import stack
+from gpt_jax.parallel.devices import first_device, resolve_model
 from gpt_jax.parallel.mesh import split_batch
 
 
@@ -81,7 +82,7 @@ class GPT(nn.Module):
         self, x_BxTxD: jax.Array, tokens_BxT: jax.Array, cache: Cache | None, n_tokens: Any, dropout_key: Any
     ) -> tuple[jax.Array, Cache | None]:
         """From the embedded tokens to the residual stream after the last block, and the cache."""
-        config = self.config
+        config = resolve_model(self.config, *first_device(self.mesh))
         positions_T = jnp.arange(tokens_BxT.shape[1]) + (0 if cache is None else cache.length)
         if config.position == "learned":
             positions = make_embedding(config, config.context, "time", "position_embedding")
