@@ -11,9 +11,12 @@ import time
 import facts
 import gpu
 import pytest
+from shapes import SHAPES
 from time_to_loss import TimedRun, nanogpt_evaluations, summarize
 
 from gpt_jax.commands.paths import ROOT as REPOSITORY
+from gpt_jax.config import ModelConfig
+from gpt_jax.model.params import flops_per_token
 
 BENCHMARKS = REPOSITORY / "benchmarks"
 SMOKE = REPOSITORY / "configs" / "smoke.py"
@@ -134,6 +137,75 @@ def test_waiting_measures_cold_and_warm(tmp_path):
     assert len(re.findall(r"^median of 1: first (?:character|step), (?:cold|warm)", done.stdout, re.M)) == 4
     done = run(sys.executable, BENCHMARKS / "waiting.py", f"--workdir={tmp_path}", "--repeats=1")
     assert done.returncode == 1 and "no trained model in" in done.stderr and "Traceback" not in done.stderr
+
+
+LLAMA2C = """
+#include <stdio.h>
+int main(int argc, char **argv) { fprintf(stderr, "achieved tok/s: 1000.0\\n"); return argc != 8; }
+"""
+
+
+@pytest.fixture
+def peers(tmp_path):
+    """Stand-ins for checkouts of nanoGPT, which no test runs, and llama2.c, which any C compiler makes."""
+    for name in ("run.c", "runq.c", "model.py"):
+        (tmp_path / "peers").mkdir(exist_ok=True)
+        (tmp_path / "peers" / name).write_text(LLAMA2C)
+    return tmp_path / "peers"
+
+
+@pytest.mark.slow
+def test_steps_are_timed_beside_the_ceiling(tmp_path):
+    file = tmp_path / "result.json"
+    done = run(sys.executable, BENCHMARKS / "train_step.py", "--shapes=smoke", "--repeats=2", "--json", file)
+    assert done.returncode == 0, done.stderr
+    header, ours = done.stdout.splitlines()[-2:]
+    assert header.split()[:2] == ["ms,", "median"] and ours.startswith("gpt_jax ") and ours.endswith("%")
+    table = {row["name"]: row for row in json.loads(file.read_text())["tables"]["smoke"]}
+    assert list(table) == ["gpt_jax", "matrix product", "copy"]
+    assert all(len(row["seconds"]) == 2 and 0 < row["min"] <= row["median"] for row in table.values())
+    facts = table["gpt_jax"]["facts"]
+    assert facts["compile_seconds"] > 0
+    shape = SHAPES["smoke"]
+    config = ModelConfig(shape.n_layer, shape.n_head, shape.d_model, shape.context)
+    assert shape.flops_per_token == flops_per_token(config, shape.vocab_size)
+    assert table["gpt_jax"]["flops"] == table["gpt_jax"]["units"] * 4 * 16 * shape.flops_per_token
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler here")
+def test_sampling_is_timed_beside_llama2c(peers, tmp_path):
+    file = tmp_path / "result.json"
+    arguments = ("--shape=smoke", "--batches=1,2", "--repeats=1", "--llama2c", peers, "--json", file)
+    done = run(sys.executable, BENCHMARKS / "sampling.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    table = {row["name"]: row for row in json.loads(file.read_text())["tables"]["smoke"]}
+    assert {"gpt_jax, batch 2", "bare products, batch 2", "matrix product", "copy"} < set(table)
+    assert table["gpt_jax, batch 2"]["units"] == 2 * 15
+    theirs = [row for name, row in table.items() if name.startswith("llama2.c")]
+    assert len(theirs) in (2, 3) and all(row["seconds"] == [15 / 1000] for row in theirs)  # by its own clock
+
+
+@pytest.mark.parametrize(
+    "program, arguments, message",
+    [
+        ("train_step.py", ("--shapes=0.8M,9M",), "shapes = 0.8M,9M: '9M' is none of smoke, 0.8M"),
+        ("train_step.py", ("--nanogpt", "."), "nanogpt = . has no model.py: name a checkout"),
+        ("sampling.py", ("--batches=1,x",), "batches = 1,x must be numbers, such as 1,8,64"),
+        ("sampling.py", ("--llama2c", "."), "llama2c = . has no run.c: name a checkout"),
+    ],
+)
+def test_a_contest_that_cannot_be(program, arguments, message):
+    done = run(sys.executable, BENCHMARKS / program, *arguments)
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_contender_that_fails_says_why(peers):
+    """This model.py is C, not Python."""
+    flags = ("--nanogpt", peers, "--nanogpt_python", sys.executable)
+    done = run(sys.executable, BENCHMARKS / "train_step.py", "--shapes=smoke", "--repeats=1", *flags)
+    assert done.returncode == 1 and "error: nanoGPT eager failed: exit status 1: " in done.stderr
 
 
 def test_nanogpt_lines():

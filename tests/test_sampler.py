@@ -9,7 +9,15 @@ from scipy import stats
 from gpt_jax.model.cache import empty_cache
 from gpt_jax.model.params import unstack_layers
 from gpt_jax.model.transformer import GPT
-from gpt_jax.sampling.generate import _min_rows, decode, generate_tokens, prefill, window_start
+from gpt_jax.sampling.generate import (
+    MANY_ROWS,
+    SHORT_PROMPT,
+    _min_rows,
+    decode,
+    generate_tokens,
+    prefill,
+    window_start,
+)
 from gpt_jax.sampling.rules import apply_rules, make_rules
 
 KEY = jax.random.key(5)
@@ -102,6 +110,17 @@ def test_greedy_texts_differ_between_windows():
     model, params = make_model()
     texts = [generate(model, params, prompt_of(3), 50, window=w).tolist() for w in ("half", "exact")]
     assert texts[0] != texts[1]
+
+
+def test_many_texts_at_once_are_those_of_one_at_a_time():
+    """Their short prompt is read in a window of its own size."""
+    config = small_model(context=2 * SHORT_PROMPT + 2)
+    model, params = GPT(config, VOCAB), make_params(config)
+    prompts = prompt_of(3, MANY_ROWS)
+    texts = generate(model, params, prompts, config.context + 5)
+    for row in (0, MANY_ROWS - 1):
+        alone = generate(model, params, prompts[row : row + 1], config.context + 5)
+        np.testing.assert_array_equal(texts[row : row + 1], alone)
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -26,6 +26,7 @@ from gpt_jax.model.transformer import GPT
 from gpt_jax.sampling.rules import SamplingRules, draw
 
 CHUNK = 32  # about how many tokens one call generates
+SHORT_PROMPT, MANY_ROWS = 16, 8
 WINDOWS = ("half", "exact")
 
 
@@ -101,9 +102,11 @@ def _half_pieces(
     context = model.config.context
     half = max(context // 2, 1)
     filled = n - window_start(n, context)
-    # Two shapes are compiled, not one for each length: half a context, and a whole one.
+    # Few shapes are compiled, not one for each length: half a context, and a whole one. With many texts at
+    # once, the padding of a short prompt would take as long as dozens of tokens: it has a shape of its own.
     rows = len(recent_BxR)
-    window_BxT = np.zeros((max(rows, _min_rows()), half if filled <= half else context), np.int32)
+    shapes = (half, context) if rows < MANY_ROWS else (min(SHORT_PROMPT, half), half, context)
+    window_BxT = np.zeros((max(rows, _min_rows()), next(n for n in shapes if filled <= n)), np.int32)
     window_BxT[:rows, :filled] = recent_BxR[:, -filled:]
     logits_BxV, cache = prefill(model, params, window_BxT, np.int32(filled))
 

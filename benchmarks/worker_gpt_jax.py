@@ -1,0 +1,132 @@
+"""This package as a contender, see contest.py.
+
+Tasks: "train" does training steps; "sample" generates; "products" does only the matrix products that a token
+needs, in the same kind of loop; "product" and "copy" find what the machine can do at most.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from gpt_jax.config import Config
+from gpt_jax.model.params import count_params, init_params
+from gpt_jax.model.transformer import GPT
+from gpt_jax.parallel.devices import describe_devices
+from gpt_jax.parallel.mesh import make_mesh
+from gpt_jax.sampling.generate import generate_tokens
+from gpt_jax.sampling.rules import make_rules
+from gpt_jax.training.optimizer import make_optimizer
+from gpt_jax.training.state import init_state
+from gpt_jax.training.step import make_train_steps
+
+Prepared = tuple[dict[str, Any], Callable[[], Any]]  # facts, and a piece of work
+
+
+def config_of(shape: dict[str, Any]) -> Config:
+    """nanoGPT's recipe for this shape."""
+    values = Config().to_config_dict()
+    values.model.update({name: shape[name] for name in ("n_layer", "n_head", "d_model", "context")})
+    values.model.update(dropout=shape["dropout"], attention_dropout=shape["dropout"])
+    values.optimizer.update(learning_rate=1e-3, b2=0.99, weight_decay=0.1, clip_norm=1.0, warmup_steps=100)
+    values.train.update(steps=5000, batch_size=shape["batch_size"])
+    return Config.from_dict(values)
+
+
+def train(task: dict[str, Any]) -> Prepared:
+    """`steps` updates in one call."""
+    shape = task["shape"]
+    config = config_of(shape)
+    mesh = make_mesh(config.mesh)
+    model = GPT(config.model, shape["vocab_size"], mesh)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    states = [init_state(model, optimizer, False, mesh, jax.random.key(0))]
+    tokens = np.random.default_rng(0).integers(0, shape["vocab_size"], 2**20).astype(np.uint16)
+    tokens_N = jnp.asarray(tokens)
+    arguments = (np.uint32(0), np.int32(task["steps"]), np.int32(config.train.steps))
+    begun = time.monotonic()
+    steps = make_train_steps(config, model, states[0], task["steps"])
+    program = steps.lower(states[0], tokens_N, *arguments).compile()
+    facts = {"compile_seconds": time.monotonic() - begun, "parameters": count_params(states[0].params)}
+
+    def work() -> Any:
+        states[0], metrics = program(states[0], tokens_N, *arguments)
+        return states[0], metrics
+
+    return facts, work
+
+
+def sample(task: dict[str, Any]) -> Prepared:
+    """`length` tokens for each of `rows` prompts."""
+    shape = task["shape"]
+    model = GPT(config_of(shape).model, shape["vocab_size"])
+    params = nn.unbox(jax.jit(lambda key: init_params(model, key))(jax.random.key(0)))
+    prompt_BxP = np.zeros((task["rows"], task["prompt"]), np.int32)
+
+    def work() -> Any:
+        rules, key = make_rules(temperature=0.8), jax.random.key(0)
+        return list(generate_tokens(model, params, prompt_BxP, task["length"], rules, key))
+
+    return {"parameters": count_params(params)}, work
+
+
+def products(task: dict[str, Any]) -> Prepared:
+    """The matrix products of `length` tokens in `rows` texts, one after the other in a scan."""
+    shape = task["shape"]
+    D, V = shape["d_model"], shape["vocab_size"]
+    keys = iter(jax.random.split(jax.random.key(0), 4 * shape["n_layer"] + 2))
+
+    def random(*size: int) -> jax.Array:
+        return 0.02 * jax.random.normal(next(keys), size)
+
+    layers = [
+        (random(D, 3 * D), random(D, D), random(D, 4 * D), random(4 * D, D)) for _ in range(shape["n_layer"])
+    ]
+    head, x_BxD = random(D, V), random(task["rows"], D)
+
+    @jax.jit
+    def loop(x_BxD: jax.Array, layers: Any, head: jax.Array) -> Any:
+        def token(x_BxD: jax.Array, _: None) -> Any:
+            for qkv, out, up, down in layers:
+                x_BxD = x_BxD + (x_BxD @ qkv)[:, :D] @ out
+                x_BxD = x_BxD + (x_BxD @ up) @ down
+            return x_BxD / (1 + jnp.abs(x_BxD).max()), (x_BxD @ head)[:, 0]
+
+        return jax.lax.scan(token, x_BxD, None, length=task["length"])
+
+    return {}, lambda: loop(x_BxD, layers, head)
+
+
+def product(task: dict[str, Any]) -> Prepared:
+    """A square matrix product."""
+    a = jax.random.normal(jax.random.key(0), (task["size"], task["size"]))
+    multiply = jax.jit(lambda a, b: a @ b)
+    return {"devices": describe_devices()}, lambda: multiply(a, a)
+
+
+def copy(task: dict[str, Any]) -> Prepared:
+    """Read and write float32 numbers."""
+    x = jnp.arange(task["numbers"], dtype=jnp.float32)
+    add = jax.jit(lambda x: x + 1)
+    return {}, lambda: add(x)
+
+
+def main() -> None:
+    """Prepare, and work when told to."""
+    task = json.loads(sys.argv[1])
+    tasks = {f.__name__: f for f in (train, sample, products, product, copy)}
+    facts, work = tasks[task["task"]](task)
+    print(json.dumps(facts), flush=True)
+    for _ in sys.stdin:
+        begun = time.monotonic()
+        jax.block_until_ready(work())
+        print(time.monotonic() - begun, flush=True)
+
+
+main()
