@@ -61,10 +61,15 @@ class Result:
         """Seconds for a piece of work."""
         return statistics.median(self.seconds)
 
+    @property
+    def fastest(self) -> float:
+        """Seconds for the fastest piece: what counts for a ceiling."""
+        return min(self.seconds)
+
     def to_dict(self) -> dict[str, Any]:
         """For the JSON file."""
         of = self.contender
-        numbers = {"median": self.median, "min": min(self.seconds), "max": max(self.seconds)}
+        numbers = {"median": self.median, "min": self.fastest, "max": max(self.seconds)}
         return {"name": of.name, **numbers, "units": of.units, "flops": of.flops, "facts": self.facts} | {
             "seconds": self.seconds
         }
@@ -130,14 +135,14 @@ def compete(contenders: Sequence[Contender], repeats: int) -> dict[str, Result]:
     return results
 
 
-def ceilings(task: Mapping[str, Any]) -> list[Contender]:
+def ceilings(is_smoke: bool) -> list[Contender]:
     """What this machine can do at most: matrix products, and reading and writing memory, in XLA."""
-    size, numbers = (256, 2**20) if task.get("smoke") else (2048, 2**26)
-    product = {"task": "product", "size": size}
-    copy = {"task": "copy", "numbers": numbers}
+    size, numbers, times = (256, 2**20, 1) if is_smoke else (2048, 2**26, 5)
+    product = {"task": "product", "size": size, "times": times}
+    copy = {"task": "copy", "numbers": numbers, "times": times}
     return [
-        Contender("matrix product", "worker_gpt_jax.py", product, flops=2.0 * size**3),
-        Contender("copy", "worker_gpt_jax.py", copy, units=8.0 * numbers),
+        Contender("matrix product", "worker_gpt_jax.py", product, flops=2.0 * times * size**3),
+        Contender("copy", "worker_gpt_jax.py", copy, units=8.0 * times * numbers),
     ]
 
 

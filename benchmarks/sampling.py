@@ -57,7 +57,7 @@ def contenders(shape: Shape, batches: list[int], flags: Any) -> list[Contender]:
 def row(result: Result, first: Result, ceiling: float) -> tuple[str, ...]:
     """A line of the table."""
     of = result.contender
-    speeds = [of.units / seconds for seconds in (result.median, max(result.seconds), min(result.seconds))]
+    speeds = [of.units / seconds for seconds in (result.median, max(result.seconds), result.fastest)]
     return (
         of.name,
         f"{speeds[0]:,.1f}",
@@ -81,13 +81,13 @@ def main() -> int:
         raise UserError(f"batches = {flags.batches} must be numbers, such as 1,8,64") from None
     report = begin_report(flags)
     shape = SHAPES[flags.shape]
-    everyone = [*contenders(shape, batches, flags), *ceilings({"smoke": flags.shape == "smoke"})]
+    everyone = [*contenders(shape, batches, flags), *ceilings(flags.shape == "smoke")]
     results = compete(everyone, flags.repeats)
     report["tables"][flags.shape] = [result.to_dict() for result in results.values()]
     write_report(flags, report)
     product, copy = results.pop("matrix product"), results.pop("copy")
-    ceiling = product.contender.flops / product.median
-    bandwidth = copy.contender.units / copy.median
+    ceiling = product.contender.flops / product.fastest
+    bandwidth = copy.contender.units / copy.fastest
     first = next(iter(results.values()))
     title = (
         f"{flags.shape}: {shape}\nA matrix product reaches {ceiling / 1e9:.1f} GFLOP/s, a copy "

@@ -104,17 +104,23 @@ def products(task: dict[str, Any]) -> Prepared:
 
 
 def product(task: dict[str, Any]) -> Prepared:
-    """A square matrix product."""
-    a = jax.random.normal(jax.random.key(0), (task["size"], task["size"]))
-    multiply = jax.jit(lambda a, b: a @ b)
-    return {"devices": describe_devices()}, lambda: multiply(a, a)
+    """Square matrix products, one after the other."""
+    a = jax.random.normal(jax.random.key(0), (task["size"], task["size"])) / task["size"] ** 0.5
+    multiply = jax.jit(lambda a: jax.lax.fori_loop(0, task["times"], lambda _, b: a @ b, a))
+    return {"devices": describe_devices()}, lambda: multiply(a)
 
 
 def copy(task: dict[str, Any]) -> Prepared:
-    """Read and write float32 numbers."""
-    x = jnp.arange(task["numbers"], dtype=jnp.float32)
-    add = jax.jit(lambda x: x + 1)
-    return {}, lambda: add(x)
+    """Read float32 numbers, and write them where they were."""
+    numbers = [jnp.arange(task["numbers"], dtype=jnp.float32)]
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+
+    def work() -> Any:
+        for _ in range(task["times"]):
+            numbers[0] = add(numbers[0])
+        return numbers[0]
+
+    return {}, work
 
 
 def main() -> None:
