@@ -70,9 +70,8 @@ class Result:
         """For the JSON file."""
         of = self.contender
         numbers = {"median": self.median, "min": self.fastest, "max": max(self.seconds)}
-        return {"name": of.name, **numbers, "units": of.units, "flops": of.flops, "facts": self.facts} | {
-            "seconds": self.seconds
-        }
+        work = {"units": of.units, "flops": of.flops, "facts": self.facts, "seconds": self.seconds}
+        return {"name": of.name, **numbers, **work}
 
 
 class Worker:
@@ -81,9 +80,9 @@ class Worker:
     def __init__(self, contender: Contender):
         self.contender = contender
         command = [contender.python, str(BENCHMARKS / contender.worker), json.dumps(contender.task)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
-        )
+        # One pipe for both outputs: a second one, which nobody reads, would fill up and block the worker.
+        pipe, both = subprocess.PIPE, subprocess.STDOUT
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=both, encoding="utf-8")
         self.facts = self._answer()
 
     def work(self) -> float:
@@ -103,13 +102,13 @@ class Worker:
 
     def _answer(self) -> Any:
         assert self.process.stdout is not None
+        last = "no output"
         while line := self.process.stdout.readline():
             try:
                 return json.loads(line)
-            except ValueError:
-                pass  # a library's own output
-        _, errors = self.process.communicate()
-        last = (errors.strip() or "no output").splitlines()[-1]
+            except ValueError:  # a library's own output, or an error
+                last = line.strip() or last
+        self.process.wait()
         raise RunError(f"{self.contender.name} failed: exit status {self.process.returncode}: {last}")
 
 

@@ -26,7 +26,7 @@ from gpt_jax.model.transformer import GPT
 from gpt_jax.sampling.rules import SamplingRules, draw
 
 CHUNK = 32  # about how many tokens one call generates
-SHORT_PROMPT, MANY_ROWS = 16, 8
+SHORT_PROMPT, MANY_ROWS = 16, 8  # so many texts at once read a prompt of up to 16 tokens without more padding
 WINDOWS = ("half", "exact")
 
 
