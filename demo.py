@@ -1027,22 +1027,25 @@ for t in range(T):
 np.testing.assert_allclose(cached, whole, atol=1e-5)
 
 # %% [markdown]
-# The package's sampler reads the prompt in one pass (`prefill`) and then draws tokens one by one with the cache (`decode`).
-# Check that its logits are those of a full pass over the whole text.
+# The package's sampler reads the prompt in one pass, all but its last token (`prefill`). Then it reads one token and draws the
+# next, again and again, with the cache (`decode`). Check that the logits with the cache are those of a full pass over the whole
+# text.
 
 # %%
 sampling_model = live_model.clone(mesh=None)
 unstacked = unstack_layers(live_state.eval_params)
 prompt = tokenizer.encode("ROMEO:\nWhat")[None]
-logits, cache = prefill(sampling_model, unstacked, prompt, np.int32(prompt.shape[1]))
+n_prompt = prompt.shape[1]
+cache = prefill(sampling_model, unstacked, prompt[:, :-1], np.int32(n_prompt - 1))
 greedy = make_rules(greedy=True)
-logits, cache, drawn = decode(
-    sampling_model, 53, unstacked, logits, cache, greedy, jax.random.key(0), np.int32(prompt.shape[1])
+last, cache, drawn = decode(
+    sampling_model, 53, unstacked, prompt[:, -1], cache, greedy, jax.random.key(0), np.int32(n_prompt)
 )
 written = np.concatenate([prompt, np.asarray(drawn)], axis=1)
 full, _ = sampling_model.apply({"params": live_state.eval_params}, written)
-np.testing.assert_allclose(logits, full[:, -1], atol=1e-3)
-np.testing.assert_array_equal(np.argmax(full[0, prompt.shape[1] - 1 : -1], -1), drawn[0])
+logits, _ = sampling_model.apply({"params": unstacked}, last[:, None], cache)
+np.testing.assert_allclose(logits[:, 0], full[:, -1], atol=1e-3)
+np.testing.assert_array_equal(np.argmax(full[0, n_prompt - 1 : -1], -1), drawn[0])
 print(tokenizer.decode(written[0]))
 
 # %% [markdown]

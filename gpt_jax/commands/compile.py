@@ -138,10 +138,10 @@ def list_jobs(config: Config, corpus: Corpus, mesh: Mesh, rows: int) -> Iterator
     window = np.zeros((rows, max(context // 2, 1)), np.int32)
     lower_prefill = partial(prefill.lower, sampler, params, window, np.int32(1))
     yield Job("prefill", "half a context", 1, window.size, lower_prefill)
-    logits_BxV, cache = jax.eval_shape(partial(prefill, sampler), params, window, np.int32(1))
-    chunk = chunk_length(context)
+    cache = jax.eval_shape(partial(prefill, sampler), params, window, np.int32(1))
+    chunk, token_B = chunk_length(context), window[:, 0]
     lower_decoding = partial(
-        decode.lower, sampler, chunk, params, logits_BxV, cache, make_rules(0.8), key, np.int32(1)
+        decode.lower, sampler, chunk, params, token_B, cache, make_rules(0.8), key, np.int32(1)
     )
     yield Job("decode", "a token", chunk, rows, lower_decoding)
 

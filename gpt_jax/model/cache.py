@@ -51,15 +51,32 @@ class Cache(struct.PyTreeNode):
     length: jax.Array
     last_B: jax.Array
 
+    @property
+    def room(self) -> int:
+        """S, how many tokens it can hold."""
+        return self.layers[0].v_BxHxSxK.shape[2]
+
+    def enlarge(self, room: int) -> "Cache":
+        """The cache with room for more tokens."""
+        more = room - self.room
+        layers = tuple(
+            layer.replace(
+                k_BxHxKxS=jnp.pad(layer.k_BxHxKxS, ((0, 0), (0, 0), (0, 0), (0, more))),
+                v_BxHxSxK=jnp.pad(layer.v_BxHxSxK, ((0, 0), (0, 0), (0, more), (0, 0))),
+            )
+            for layer in self.layers
+        )
+        return self.replace(layers=layers)
+
     def add(self, tokens_BxT: jax.Array, layers: tuple[Any, ...], n_tokens: jax.Array | None) -> "Cache":
         """The cache after the first `n_tokens` of T tokens (None: all), with the layers' new caches."""
         n = tokens_BxT.shape[1] if n_tokens is None else n_tokens
         return Cache(layers, self.length + n, tokens_BxT[:, n - 1])
 
 
-def empty_cache(config: ModelConfig, vocab_size: int, batch_size: int) -> Cache:
-    """A cache with room for `config.context` tokens, which holds none."""
-    B, S, W = batch_size, config.context, config.conv_width
+def empty_cache(config: ModelConfig, vocab_size: int, batch_size: int, room: int | None = None) -> Cache:
+    """A cache with room for `room` tokens (None: `config.context`), which holds none."""
+    B, S, W = batch_size, room or config.context, config.conv_width
     zeros = partial(jnp.zeros, dtype=compute_dtype(config))
     layers = tuple(
         LayerCache(

@@ -1,5 +1,8 @@
 """Generate text of any length: prefill the prompt in one pass, then decode with a KV cache (`lax.scan`).
 
+The last token of the prompt is left to the decoder, which reads a token and draws the next. So a prompt of
+one token, as a text from nothing has, needs no other program.
+
 Past the context T, the default window "half" does the following: when the cache holds T tokens and one more
 is needed, it reads the last T/2 tokens again in one parallel pass and continues from there. Every token is
 thus predicted from a contiguous window of T/2 to T tokens, at an amortised cost of about two forward passes
@@ -26,7 +29,9 @@ from gpt_jax.model.transformer import GPT
 from gpt_jax.sampling.rules import SamplingRules, draw
 
 CHUNK = 32  # about how many tokens one call generates
-SHORT_PROMPT, MANY_ROWS = 16, 8  # so many texts at once read a prompt of up to 16 tokens without more padding
+MANY_ROWS = 8  # from so many texts on, padding and empty places of the cache cost more than compiling
+SHORT_PROMPT = 16  # many texts read a prompt of up to so many tokens without more padding
+CACHE_SIZES = 4  # for many texts; the attention of each token reads the whole cache, filled or not
 WINDOWS = ("half", "exact")
 
 
@@ -99,30 +104,27 @@ def _half_pieces(
     key: jax.Array,
 ) -> Iterator[np.ndarray]:
     """The tokens from number n on, until number `end`, or until the window shrinks."""
-    context = model.config.context
-    half = max(context // 2, 1)
+    context, chunk, rows = model.config.context, chunk_length(model.config.context), len(recent_BxR)
     filled = n - window_start(n, context)
-    # Few shapes are compiled, not one for each length: half a context, and a whole one. With many texts at
-    # once, the padding of a short prompt would take as long as dozens of tokens: it has a shape of its own.
-    rows = len(recent_BxR)
-    shapes = (half, context) if rows < MANY_ROWS else (min(SHORT_PROMPT, half), half, context)
-    window_BxT = np.zeros((max(rows, _min_rows()), next(n for n in shapes if filled <= n)), np.int32)
-    window_BxT[:rows, :filled] = recent_BxR[:, -filled:]
-    logits_BxV, cache = prefill(model, params, window_BxT, np.int32(filled))
+    window_BxT = np.zeros((max(rows, _min_rows()), filled), np.int32)
+    window_BxT[:rows] = recent_BxR[:, -filled:]
+    token_B, cache = window_BxT[:, -1], _read_all(model, params, window_BxT[:, :-1])
 
-    room = min(context + 1 - filled, end - n)  # with more tokens, the window would be too long
-    chunk = chunk_length(context)
+    count = min(context + 1 - filled, end - n)  # with more tokens, the window would be too long
     before_BxC = None
-    for done in range(0, room, chunk):
-        logits_BxV, cache, drawn_BxC = decode(
-            model, chunk, params, logits_BxV, cache, rules, key, np.int32(n + done)
+    for done in range(0, count, chunk):
+        room = _room(context, rows, filled - 1 + done + chunk)
+        if room > cache.room:
+            cache = _enlarge(cache, room)
+        token_B, cache, drawn_BxC = decode(
+            model, chunk, params, token_B, cache, rules, key, np.int32(n + done)
         )
         # Read a chunk only when the next one is under way, so that the device always has work.
         if before_BxC is not None:
             yield np.asarray(before_BxC)[:rows]
         before_BxC = drawn_BxC
-    # What the last chunk draws beyond the room is dropped.
-    yield np.asarray(before_BxC)[:rows, : room - done]
+    # What the last chunk draws beyond the count is dropped.
+    yield np.asarray(before_BxC)[:rows, : count - done]
 
 
 def _exact_pieces(
@@ -140,8 +142,32 @@ def _exact_pieces(
     yield np.asarray(decode_exact(model, params, window_BxT, rules, key, np.int32(n)))[:, : end - n]
 
 
-@partial(jax.jit, static_argnums=0)
-def prefill(model: GPT, params: Params, tokens_BxT: jax.Array, length: jax.Array) -> tuple[jax.Array, Cache]:
+def _read_all(model: GPT, params: Params, tokens_BxT: np.ndarray) -> Cache:
+    """The cache with T tokens, fewer than the context, or none at all, and room for a chunk more."""
+    context, (rows, length) = model.config.context, tokens_BxT.shape
+    room = _room(context, rows, length + chunk_length(context))
+    if length == 0:
+        return _empty_cache(model.config, model.vocab_size, rows, room)
+    # Few shapes are compiled, not one for each length: half a context, and a whole one. With many texts at
+    # once, the padding of a short prompt would take as long as dozens of tokens: it has a shape of its own.
+    half = max(context // 2, 1)
+    shapes = (half, context) if rows < MANY_ROWS else (min(SHORT_PROMPT, half), half, context)
+    n_time = next(shape for shape in shapes if length <= shape)
+    padded_BxT = np.pad(tokens_BxT, ((0, 0), (0, n_time - length)))
+    return prefill(model, params, padded_BxT, np.int32(length), max(room, _room(context, rows, n_time)))
+
+
+def _room(context: int, rows: int, needed: int) -> int:
+    """The room of a cache for `needed` tokens: the whole context; for many texts, at first a part of it."""
+    parts = CACHE_SIZES if rows >= MANY_ROWS else 1
+    sizes = [-(-context * part // parts) for part in range(1, parts + 1)]
+    return next((size for size in sizes if needed <= size), context)
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def prefill(
+    model: GPT, params: Params, tokens_BxT: jax.Array, length: jax.Array, room: int | None = None
+) -> Cache:
     """Read the first `length` of T tokens in one pass; the rest is padding and has no effect.
 
     Args:
@@ -149,14 +175,11 @@ def prefill(model: GPT, params: Params, tokens_BxT: jax.Array, length: jax.Array
         params: its parameters, unstacked.
         tokens_BxT: integer ids.
         length: int32 scalar, 1 or more.
-
-    Returns:
-        The logits of the next token [B, V], and the cache.
+        room: how many tokens the cache can hold; None: the context.
     """
-    empty = empty_cache(model.config, model.vocab_size, tokens_BxT.shape[0])
-    logits_BxTxV, cache = _read(model, params, tokens_BxT, empty, length)
+    empty = empty_cache(model.config, model.vocab_size, tokens_BxT.shape[0], room)
     # No layer looks ahead, and the padding's keys are overwritten before the mask shows them.
-    return logits_BxTxV[:, length - 1], cache
+    return _read(model, params, tokens_BxT, empty, length)[1]
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache")
@@ -164,28 +187,38 @@ def decode(
     model: GPT,
     n_tokens: int,
     params: Params,
-    logits_BxV: jax.Array,
+    token_B: jax.Array,
     cache: Cache,
     rules: SamplingRules,
     key: jax.Array,
     position: jax.Array,
 ) -> tuple[jax.Array, Cache, jax.Array]:
-    """`n_tokens` times: draw a token, and read it.
+    """`n_tokens` times: read a token, and draw the next.
+
+    Args:
+        model: the model.
+        n_tokens: C, how many to draw.
+        params: its parameters, unstacked.
+        token_B: int32, the last token of each text, which is not in the cache yet.
+        cache: with the tokens before it. It is donated.
+        rules: how to draw.
+        key: the random stream.
+        position: int32 scalar, the number of the first token to draw.
 
     Returns:
-        The logits of the token after those, the cache, and the tokens, int32 [B, n_tokens].
+        The last token drawn, the cache with those before it, and the tokens, int32 [B, C].
     """
 
     def step(carry: tuple[jax.Array, Cache], index: jax.Array) -> tuple[Any, jax.Array]:
-        logits_BxV, cache = carry
-        token_B = draw(_keys(key, index, logits_BxV.shape[0]), logits_BxV, rules)
+        token_B, cache = carry
         logits_Bx1xV, cache = _read(model, matrices, token_B[:, None], cache)
-        return (logits_Bx1xV[:, 0], cache), token_B
+        token_B = draw(_keys(key, index, len(token_B)), logits_Bx1xV[:, 0], rules)
+        return (token_B, cache), token_B
 
     matrices = cast_matrices(model.config, params)
     indices = position + jnp.arange(n_tokens)
-    (logits_BxV, cache), tokens_CxB = jax.lax.scan(step, (logits_BxV, cache), indices)
-    return logits_BxV, cache, tokens_CxB.T
+    (token_B, cache), tokens_CxB = jax.lax.scan(step, (token_B, cache), indices)
+    return token_B, cache, tokens_CxB.T
 
 
 @partial(jax.jit, static_argnums=0)
@@ -218,6 +251,8 @@ def _read(model: GPT, params: Params, tokens_BxT: jax.Array, cache: Cache, *n_to
 
 
 _unstack = jax.jit(unstack_layers)
+_enlarge = jax.jit(Cache.enlarge, static_argnums=1)
+_empty_cache = jax.jit(empty_cache, static_argnums=(0, 1, 2, 3))
 
 
 def _min_rows() -> int:

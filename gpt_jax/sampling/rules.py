@@ -87,10 +87,23 @@ def apply_rules(logits_V: jax.Array, rules: SamplingRules) -> jax.Array:
 
 def draw(keys_B: jax.Array, logits_BxV: jax.Array, rules: SamplingRules) -> jax.Array:
     """One token id for each row, int32 [B], each from a key of its own."""
-    if rules.greedy:
-        return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
 
-    def draw_one(key: jax.Array, logits_V: jax.Array) -> jax.Array:
-        return jax.random.categorical(key, apply_rules(logits_V, rules))
+    def score(key: jax.Array, logits_V: jax.Array) -> jax.Array:
+        # The largest of logits and Gumbel noise is a draw from their softmax: `jax.random.categorical`.
+        return apply_rules(logits_V, rules) + jax.random.gumbel(key, logits_V.shape)
 
-    return jax.vmap(draw_one)(keys_B, logits_BxV).astype(jnp.int32)
+    scores_BxV = logits_BxV if rules.greedy else jax.vmap(score)(keys_B, logits_BxV)
+    return jax.lax.platform_dependent(scores_BxV, cpu=_largest_on_cpu, default=_largest)
+
+
+def _largest(scores_BxV: jax.Array) -> jax.Array:
+    return jnp.argmax(scores_BxV, axis=-1).astype(jnp.int32)
+
+
+def _largest_on_cpu(scores_BxV: jax.Array) -> jax.Array:
+    """The same by `top_k`, which XLA calls from a library.
+
+    A loop without such a call, as that of a single text is, XLA compiles as one function for one core. For a
+    model of 10.7M parameters that took 5.5 s instead of 1.6, and a token 1.2 times as long.
+    """
+    return jax.lax.top_k(scores_BxV, 1)[1][:, 0]
