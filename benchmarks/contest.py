@@ -145,20 +145,25 @@ def ceilings(is_smoke: bool) -> list[Contender]:
     ]
 
 
-def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags that all contests share."""
+def make_parser(description: str | None, repeats: int = 5) -> argparse.ArgumentParser:
+    """The flags that all programs share."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
     flag = parser.add_argument
-    flag("--repeats", type=int, default=5, help="pieces of work of each contender (%(default)s)")
+    flag("--repeats", type=int, default=repeats, help="how often each thing is measured (%(default)s)")
     flag("--json", type=Path, metavar="FILE", help="write everything here")
+    return parser
+
+
+def add_nanogpt(parser: argparse.ArgumentParser) -> None:
+    """The flags that let nanoGPT take part."""
+    flag = parser.add_argument
     flag("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT, to run in turn")
     flag(
         "--nanogpt_python", type=absolute_program, default=sys.executable, metavar="PYTHON",
         help="a Python that has torch",
     )  # fmt: skip
-    return parser
 
 
 def begin_report(flags: argparse.Namespace) -> dict[str, Any]:
@@ -182,7 +187,7 @@ def begin_report(flags: argparse.Namespace) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"), "commit": commit(), "machine": found,
         "versions": {"gpt_jax": versions(sys.executable, *OURS)}, "tables": {},
     }  # fmt: skip
-    if flags.nanogpt:
+    if getattr(flags, "nanogpt", None):
         report["versions"]["nanoGPT"] = versions(flags.nanogpt_python, "torch", "numpy")
     return report
 

@@ -12,7 +12,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from contest import Contender, Result, begin_report, ceilings, compete, make_parser, print_table, write_report
+from contest import (
+    Contender,
+    Result,
+    add_nanogpt,
+    begin_report,
+    ceilings,
+    compete,
+    make_parser,
+    print_table,
+    write_report,
+)
 from shapes import SHAPES, Shape
 
 from gpt_jax.commands.run_main import run_main
@@ -70,6 +80,7 @@ def row(result: Result, first: Result, ceiling: float) -> tuple[str, ...]:
 def main() -> int:
     """Let them compete."""
     parser = make_parser(__doc__)
+    add_nanogpt(parser)
     flag = parser.add_argument
     flag("--llama2c", type=Path, metavar="DIR", help="a checkout of llama2.c, to run in turn")
     flag("--shape", default="10.7M", choices=SHAPES, help="(%(default)s)")

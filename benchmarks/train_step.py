@@ -9,7 +9,16 @@ AdamW, clipping, and a batch of random tokens for each step. README.md says how 
 import sys
 from typing import Any
 
-from contest import Contender, begin_report, ceilings, compete, make_parser, print_table, write_report
+from contest import (
+    Contender,
+    add_nanogpt,
+    begin_report,
+    ceilings,
+    compete,
+    make_parser,
+    print_table,
+    write_report,
+)
 from shapes import SHAPES, Shape
 
 from gpt_jax.commands.run_main import run_main
@@ -37,6 +46,7 @@ def contenders(name: str, shape: Shape, flags: Any) -> list[Contender]:
 def main() -> int:
     """Let them compete at each shape."""
     parser = make_parser(__doc__)
+    add_nanogpt(parser)
     parser.add_argument("--shapes", default="0.8M,10.7M", help=f"of {', '.join(SHAPES)} (%(default)s)")
     flags = parser.parse_args()
     report = begin_report(flags)

@@ -11,6 +11,7 @@ import time
 import facts
 import gpu
 import pytest
+import startup
 from shapes import SHAPES
 from time_to_loss import TimedRun, nanogpt_evaluations, summarize
 
@@ -124,19 +125,31 @@ def test_what_cannot_be_timed_is_one_line(arguments, status, message):
 
 
 @pytest.mark.slow
-def test_waiting_measures_cold_and_warm(tmp_path):
-    file = tmp_path / "waiting.json"
+def test_startup_is_measured_cold_and_warm(tmp_path):
+    file = tmp_path / "startup.json"
     model = REPOSITORY / "tests" / "data" / "export_v1"
-    command = (BENCHMARKS / "waiting.py", f"--config={SMOKE}", f"--workdir={model}", "--repeats=1")
-    done = run(sys.executable, *command, f"--json={file}")
+    command = (BENCHMARKS / "startup.py", f"--config={SMOKE}", f"--workdir={model}", "--repeats=1")
+    done = run(sys.executable, *command, f"--json={file}", "--length=50")
     assert done.returncode == 0, done.stderr
-    seconds = json.loads(file.read_text())["seconds"]
-    names = [f"{what}, {state}" for what in ("first character", "first step") for state in ("cold", "warm")]
-    assert sorted(seconds) == names
-    assert all(len(values) == 1 and values[0] > 0 for values in seconds.values())
-    assert len(re.findall(r"^median of 1: first (?:character|step), (?:cold|warm)", done.stdout, re.M)) == 4
-    done = run(sys.executable, BENCHMARKS / "waiting.py", f"--workdir={tmp_path}", "--repeats=1")
+    table = json.loads(file.read_text())["tables"]
+    both = [f"first {what}, {state}" for state in ("cold", "warm") for what in ("character", "step")]
+    whole = ["50 characters, warm: the first", "50 characters, warm"]
+    assert list(table) == ["import jax, read the model", *both, *whole]
+    for name in (*both, whole[0]):
+        (seconds,) = table[name]
+        total = seconds.pop("total")
+        assert sum(seconds.values()) == pytest.approx(total)
+        assert all(part > 0 for part in seconds.values()), name
+    assert table["50 characters, warm"][0]["total"] > table[whole[0]][0]["total"]
+    # The first time, XLA compiles.
+    assert table["first character, cold"][0]["compile"] > table["first character, warm"][0]["compile"]
+    done = run(sys.executable, BENCHMARKS / "startup.py", f"--workdir={tmp_path}", "--repeats=1")
     assert done.returncode == 1 and "no trained model in" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_time_within_other_time_counts_once():
+    assert startup.covered([(1.0, 4.0), (2.0, 3.0), (3.5, 5.0), (7.0, 9.0)], 1.5, 8.0) == 4.5
+    assert startup.covered([], 1.0, 8.0) == startup.covered([(0.0, 1.0), (8.0, 9.0)], 1.0, 8.0) == 0
 
 
 LLAMA2C = """
