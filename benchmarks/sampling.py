@@ -43,6 +43,11 @@ def contenders(shape: Shape, batches: list[int], flags: Any) -> list[Contender]:
                 )
             )  # fmt: skip
     task = {"task": "sample", "shape": shape.to_dict(), "prompt": 1, "length": length}
+    if flags.length:
+        whole = {**task, "rows": 1, "length": flags.length}
+        flops = 2.0 * flags.length * shape.n_weights
+        label = f"gpt_jax, a text of {flags.length:,}"
+        found.append(Contender(label, "worker_gpt_jax.py", whole, flops=flops, units=flags.length))
     flops = 2.0 * length * shape.n_weights
     if flags.nanogpt:
         # It keeps no cache, so what a character costs depends on the length of the window.
@@ -85,6 +90,7 @@ def main() -> int:
     flag("--llama2c", type=Path, metavar="DIR", help="a checkout of llama2.c, to run in turn")
     flag("--shape", default="10.7M", choices=SHAPES, help="(%(default)s)")
     flag("--batches", default="1,8,64", help="how many texts at a time (%(default)s)")
+    flag("--length", type=int, default=10_000, help="characters of a whole text; 0: none (%(default)s)")
     flags = parser.parse_args()
     try:
         batches = [int(rows) for rows in flags.batches.split(",")]

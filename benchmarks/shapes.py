@@ -1,6 +1,6 @@
 """The shapes of the models that the contests use."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -41,5 +41,22 @@ SHAPES = {
     "smoke": Shape(1, 2, 16, 16, 65, 4, 0.2),
     "0.8M": Shape(4, 4, 128, 64, 65, 12, 0.0),  # nanoGPT's recipe for a CPU
     "10.7M": Shape(6, 6, 384, 256, 65, 64, 0.2),  # its recipe for Shakespeare's characters
+    "3M": Shape(4, 4, 256, 256, 65, 16, 0.0),  # in the middle of what a CPU trains
     "124M": Shape(12, 12, 768, 1024, 50304, 12, 0.0),  # GPT-2, for a GPU
 }
+
+
+def series(base: Shape) -> dict[str, list[tuple[int, Shape]]]:
+    """Shapes that differ in one thing: what that is, and its amount and the shape of each."""
+    by_width = [replace(base, d_model=width) for width in _times(base.d_model, 0.5, 1, 2)]
+    by_context = [replace(base, context=context) for context in _times(base.context, 0.5, 1, 2, 4)]
+    by_batch = [replace(base, batch_size=size) for size in _times(base.batch_size, 0.25, 1, 4)]
+    return {
+        "weights": [(shape.n_weights, shape) for shape in by_width],
+        "context": [(shape.context, shape) for shape in by_context],
+        "batch": [(shape.batch_size, shape) for shape in by_batch],
+    }
+
+
+def _times(number: int, *factors: float) -> list[int]:
+    return [int(number * factor) for factor in factors]

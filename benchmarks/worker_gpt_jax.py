@@ -1,13 +1,16 @@
 """This package as a contender, see contest.py.
 
-Tasks: "train" does training steps; "sample" generates; "products" does only the matrix products that a token
-needs, in the same kind of loop; "product" and "copy" find what the machine can do at most.
+Tasks: "train" does training steps; "memory" does one, and says what memory it takes; "sample" generates;
+"products" does only the matrix products that a token needs, in the same kind of loop; "product" and "copy"
+find what the machine can do at most.
 """
 
+import ctypes
 import json
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -41,25 +44,53 @@ def config_of(shape: dict[str, Any]) -> Config:
 
 def train(task: dict[str, Any]) -> Prepared:
     """`steps` updates in one call."""
-    shape = task["shape"]
-    config = config_of(shape)
+    program, arguments, facts = compile_training(config_of(task["shape"]), task["shape"], task["steps"])
+
+    def work() -> Any:
+        arguments[0], metrics = program(*arguments)
+        return arguments[0], metrics
+
+    return facts, work
+
+
+def memory(task: dict[str, Any]) -> Prepared:
+    """The bytes that a step of the whole batch at once takes, as compiled and as Linux counts them."""
+    values = config_of(task["shape"]).to_config_dict()
+    values.model.remat = task["remat"]
+    values.train.grad_accum_steps = 1
+    program, arguments, facts = compile_training(Config.from_dict(values), task["shape"], 1)
+    plan = program.memory_analysis()
+    facts["arguments"] = plan.argument_size_in_bytes
+    facts["planned"] = plan.argument_size_in_bytes + plan.temp_size_in_bytes
+    status = Path("/proc/self/status")
+    if status.exists() and jax.default_backend() == "cpu":
+        ctypes.CDLL(None).malloc_trim(0)  # what compiling has left
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        before = kibibytes(status, "VmRSS")
+        jax.block_until_ready(program(*arguments))
+        facts["measured"] = facts["arguments"] + 1024 * (kibibytes(status, "VmHWM") - before)
+    return facts, lambda: None
+
+
+def kibibytes(status: Path, name: str) -> int:
+    """A number of /proc/self/status."""
+    lines = status.read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
+def compile_training(config: Config, shape: dict[str, Any], n_steps: int) -> tuple[Any, list[Any], Any]:
+    """The compiled steps, their arguments, the state first, and facts."""
     mesh = make_mesh(config.mesh)
     model = GPT(config.model, shape["vocab_size"], mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    states = [init_state(model, optimizer, False, mesh, jax.random.key(0))]
+    state = init_state(model, optimizer, False, mesh, jax.random.key(0))
     tokens = np.random.default_rng(0).integers(0, shape["vocab_size"], 2**20).astype(np.uint16)
-    tokens_N = jnp.asarray(tokens)
-    arguments = (np.uint32(0), np.int32(task["steps"]), np.int32(config.train.steps))
+    numbers = (np.uint32(0), np.int32(n_steps), np.int32(config.train.steps))
+    arguments = [state, jnp.asarray(tokens), *numbers]
     begun = time.monotonic()
-    steps = make_train_steps(config, model, states[0], task["steps"])
-    program = steps.lower(states[0], tokens_N, *arguments).compile()
-    facts = {"compile_seconds": time.monotonic() - begun, "parameters": count_params(states[0].params)}
-
-    def work() -> Any:
-        states[0], metrics = program(states[0], tokens_N, *arguments)
-        return states[0], metrics
-
-    return facts, work
+    program = make_train_steps(config, model, state, n_steps).lower(*arguments).compile()
+    facts = {"compile_seconds": time.monotonic() - begun, "parameters": count_params(state.params)}
+    return program, arguments, facts
 
 
 def sample(task: dict[str, Any]) -> Prepared:
@@ -77,7 +108,7 @@ def sample(task: dict[str, Any]) -> Prepared:
 
 
 def products(task: dict[str, Any]) -> Prepared:
-    """The matrix products of `length` tokens in `rows` texts, one after the other in a scan."""
+    """The matrix products of `length` tokens in `rows` texts, in a scan that also takes the largest logits."""
     shape = task["shape"]
     D, V = shape["d_model"], shape["vocab_size"]
     keys = iter(jax.random.split(jax.random.key(0), 4 * shape["n_layer"] + 2))
@@ -96,7 +127,9 @@ def products(task: dict[str, Any]) -> Prepared:
             for qkv, out, up, down in layers:
                 x_BxD = x_BxD + (x_BxD @ qkv)[:, :D] @ out
                 x_BxD = x_BxD + (x_BxD @ up) @ down
-            return x_BxD / (1 + jnp.abs(x_BxD).max()), (x_BxD @ head)[:, 0]
+            # A call of a library, as the sampler has one: without any, XLA compiles the loop in another way.
+            _, token_Bx1 = jax.lax.top_k(x_BxD @ head, 1)
+            return x_BxD / (1 + jnp.abs(x_BxD).max()), token_Bx1
 
         return jax.lax.scan(token, x_BxD, None, length=task["length"])
 
@@ -126,7 +159,7 @@ def copy(task: dict[str, Any]) -> Prepared:
 def main() -> None:
     """Prepare, and work when told to."""
     task = json.loads(sys.argv[1])
-    tasks = {f.__name__: f for f in (train, sample, products, product, copy)}
+    tasks = {f.__name__: f for f in (train, memory, sample, products, product, copy)}
     facts, work = tasks[task["task"]](task)
     print(json.dumps(facts), flush=True)
     for _ in sys.stdin:

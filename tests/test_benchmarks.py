@@ -147,6 +147,37 @@ def test_startup_is_measured_cold_and_warm(tmp_path):
     assert done.returncode == 1 and "no trained model in" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
+def test_growth_is_measured_and_drawn(tmp_path):
+    file, picture = tmp_path / "growth.json", tmp_path / "growth.png"
+    flags = ("--shape=smoke", "--repeats=1", f"--json={file}", f"--plot={picture}")
+    done = run(sys.executable, BENCHMARKS / "growth.py", *flags)
+    assert done.returncode == 0, done.stderr
+    tables = json.loads(file.read_text())["tables"]
+    kinds = [f"{kind}, {what}" for what in ("weights", "context", "batch") for kind in ("step", "token")]
+    assert list(tables) == [*kinds, "text, length"]
+    assert [row["name"] for row in tables["step, context"]] == ["8", "16", "32", "64"]
+    assert [row["units"] for row in tables["text, length"]] == [16, 32, 64, 256]
+    assert all(row["median"] > 0 for rows in tables.values() for row in rows)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_memory_is_planned_and_measured(tmp_path):
+    file, picture = tmp_path / "memory.json", tmp_path / "memory.png"
+    done = run(
+        sys.executable, BENCHMARKS / "memory.py", "--shape=smoke", f"--json={file}", f"--plot={picture}"
+    )
+    assert done.returncode == 0, done.stderr
+    tables = json.loads(file.read_text())["tables"]
+    assert list(tables) == ["weights", "context", "batch"]
+    nothing = [row for row in tables["context"] if row["remat"] == "nothing"]
+    assert [row["amount"] for row in nothing] == [8, 16, 32, 64]
+    planned = [row["planned"] - row["arguments"] for row in nothing]
+    assert planned == sorted(planned) and planned[-1] > 2 * planned[0]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_time_within_other_time_counts_once():
     assert startup.covered([(1.0, 4.0), (2.0, 3.0), (3.5, 5.0), (7.0, 9.0)], 1.5, 8.0) == 4.5
     assert startup.covered([], 1.0, 8.0) == startup.covered([(0.0, 1.0), (8.0, 9.0)], 1.0, 8.0) == 0
@@ -189,12 +220,13 @@ def test_steps_are_timed_beside_the_ceiling(tmp_path):
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler here")
 def test_sampling_is_timed_beside_llama2c(peers, tmp_path):
     file = tmp_path / "result.json"
-    arguments = ("--shape=smoke", "--batches=1,2", "--repeats=1", "--llama2c", peers, "--json", file)
-    done = run(sys.executable, BENCHMARKS / "sampling.py", *arguments)
+    arguments = ("--shape=smoke", "--batches=1,2", "--length=40", "--repeats=1", "--llama2c", peers)
+    done = run(sys.executable, BENCHMARKS / "sampling.py", *arguments, "--json", file)
     assert done.returncode == 0, done.stderr
     table = {row["name"]: row for row in json.loads(file.read_text())["tables"]["smoke"]}
     assert {"gpt_jax, batch 2", "bare products, batch 2", "matrix product", "copy"} < set(table)
     assert table["gpt_jax, batch 2"]["units"] == 2 * 15
+    assert table["gpt_jax, a text of 40"]["units"] == 40
     theirs = [row for name, row in table.items() if name.startswith("llama2.c")]
     assert len(theirs) in (2, 3) and all(row["seconds"] == [15 / 1000] for row in theirs)  # by its own clock
 

@@ -1,0 +1,80 @@
+"""How do the times of a training step and of sampling grow with the model, its context, the batch, the text?
+
+    python benchmarks/growth.py --json FILE --plot FILE
+
+One thing changes at a time, and the rest stays as in the shape "3M" (--shape). The points of a curve are
+measured in turn.
+"""
+
+import sys
+from pathlib import Path
+
+from contest import Contender, begin_report, compete, make_parser, print_table, write_report
+from curves import draw_curves
+from shapes import SHAPES, Shape, series
+
+from gpt_jax.commands.run_main import run_main
+
+UNITS = {"weights": "weights", "context": "context", "batch": "texts in a batch", "length": "characters"}
+
+
+def step_of(shape: Shape, name: str) -> Contender:
+    """A training step of a shape."""
+    return Contender(name, "worker_gpt_jax.py", {"task": "train", "shape": shape.to_dict(), "steps": 1})
+
+
+def text_of(shape: Shape, name: str, rows: int, length: int) -> Contender:
+    """`length` characters in each of `rows` texts."""
+    task = {"task": "sample", "shape": shape.to_dict(), "rows": rows, "prompt": 1, "length": length}
+    return Contender(name, "worker_gpt_jax.py", task, units=length)
+
+
+def curves(base: Shape) -> dict[tuple[str, str], list[tuple[int, Contender]]]:
+    """What is measured: by the kind of work and what changes, amounts and contenders."""
+    found: dict[tuple[str, str], list[tuple[int, Contender]]] = {}
+    for what, points in series(base).items():
+        found["step", what] = [(amount, step_of(shape, f"{amount}")) for amount, shape in points]
+        found["token", what] = [
+            (
+                amount,
+                text_of(shape, f"{amount}", shape.batch_size if what == "batch" else 1, shape.context - 1),
+            )
+            for amount, shape in points
+        ]
+    lengths = [base.context * n for n in (1, 2, 4, 16)]
+    found["text", "length"] = [(length, text_of(base, f"{length}", 1, length)) for length in lengths]
+    return found
+
+
+def main() -> int:
+    """Measure the curves, print them, and draw them."""
+    parser = make_parser(__doc__, repeats=3)
+    parser.add_argument("--shape", default="3M", choices=SHAPES, help="(%(default)s)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves here")
+    flags = parser.parse_args()
+    report = begin_report(flags)
+    titles = {
+        "step": ("a training step", "ms"), "token": ("a token of each text", "ms"), "text": ("a text", "ms"),
+    }  # fmt: skip
+    panels = {}
+    for (kind, what), points in curves(SHAPES[flags.shape]).items():
+        results = compete([contender for _, contender in points], flags.repeats)
+        report["tables"][f"{kind}, {what}"] = [result.to_dict() for result in results.values()]
+        write_report(flags, report)
+        costs = [
+            1000 * results[contender.name].median / (contender.units if kind == "token" else 1)
+            for _, contender in points
+        ]
+        title, unit = titles[kind]
+        amounts = [amount for amount, _ in points]
+        rows = [(f"{amount:,}", f"{cost:,.2f}") for amount, cost in zip(amounts, costs, strict=True)]
+        print_table(f"{title} by {what}", (UNITS[what], unit), rows)
+        curve = list(zip(amounts, costs, strict=True))
+        panels[f"{title} by {what}"] = (UNITS[what], unit, {"measured": curve})
+    if flags.plot:
+        draw_curves(panels, flags.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

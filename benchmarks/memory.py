@@ -1,0 +1,62 @@
+"""How much memory does a training step take, with and without rematerialisation?
+
+    python benchmarks/memory.py --json FILE --plot FILE
+
+The whole batch is computed at once, not in micro-batches. Bytes are those that the compiled program plans:
+parameters, optimizer state, data and temporaries; and on a CPU those by which the process really grows.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from contest import Contender, Worker, begin_report, make_parser, print_table, write_report
+from curves import draw_curves
+from shapes import SHAPES, series
+
+from gpt_jax.commands.run_main import run_main
+
+REMATS = ("nothing", "elementwise", "block")  # what is computed again in the backward pass
+
+
+def main() -> int:
+    """Compile, print, and draw."""
+    parser = make_parser(__doc__, repeats=1)
+    parser.add_argument("--shape", default="3M", choices=SHAPES, help="(%(default)s)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves here")
+    flags = parser.parse_args()
+    report = begin_report(flags)
+    panels = {}
+    for what, points in series(SHAPES[flags.shape]).items():
+        rows: list[tuple[str, ...]] = []
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for remat in REMATS:
+            for amount, shape in points:
+                task = {"task": "memory", "shape": shape.to_dict(), "remat": remat}
+                facts = measure(task, flags.repeats)
+                report["tables"].setdefault(what, []).append({"amount": amount, "remat": remat, **facts})
+                write_report(flags, report)
+                curves.setdefault(remat, []).append((amount, facts["planned"] / 1e6))
+                sizes = [facts.get(name) for name in ("arguments", "planned", "measured")]
+                megabytes = ["" if size is None else f"{size / 1e6:,.0f}" for size in sizes]
+                rows.append((f"{amount:,}", remat, *megabytes))
+        header = (what, "computed again", "arguments, MB", "planned, MB", "measured, MB")
+        print_table(f"A step by {what}", header, rows)
+        panels[f"a step by {what}"] = (what, "MB, as planned", curves)
+    if flags.plot:
+        draw_curves(panels, flags.plot)
+    return 0
+
+
+def measure(task: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """What workers say of the memory of a step; of several measurements, the median."""
+    found = []
+    for _ in range(repeats):
+        worker = Worker(Contender(f"remat {task['remat']}", "worker_gpt_jax.py", task))
+        worker.end()
+        found.append(worker.facts)
+    return sorted(found, key=lambda facts: facts.get("measured", 0))[repeats // 2]
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
