@@ -108,7 +108,7 @@ def sample(task: dict[str, Any]) -> Prepared:
 
 
 def products(task: dict[str, Any]) -> Prepared:
-    """The matrix products of `length` tokens in `rows` texts, in a scan that also takes the largest logits."""
+    """The matrix products of `length` tokens in `rows` texts, in a scan that also takes the largest logit."""
     shape = task["shape"]
     D, V = shape["d_model"], shape["vocab_size"]
     keys = iter(jax.random.split(jax.random.key(0), 4 * shape["n_layer"] + 2))
