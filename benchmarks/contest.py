@@ -96,9 +96,12 @@ class Worker:
         return float(self._answer())
 
     def end(self) -> None:
-        """End the process."""
-        self.process.kill()
-        self.process.communicate()
+        """End the process; without input it ends by itself, and removes what it has written."""
+        try:
+            self.process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
 
     def _answer(self) -> Any:
         assert self.process.stdout is not None
@@ -170,16 +173,20 @@ def begin_report(flags: argparse.Namespace) -> dict[str, Any]:
     """Check the flags; the facts that stand beside the numbers.
 
     Raises:
-        UserError: a flag that cannot be.
+        UserError: an invalid flag.
     """
     if flags.repeats < 1:
         raise UserError(f"repeats = {flags.repeats} must be 1 or above")
-    for name, needed in (("nanogpt", "model.py"), ("llama2c", "run.c")):
+    for name, needed in (("nanogpt", "model.py"), ("llama2c", "run.c"), ("llama2c", "runq.c")):
         folder = getattr(flags, name, None)
         if folder and not (folder / needed).is_file():
             raise UserError(f"{name} = {folder} has no {needed}: name a checkout")
     if flags.json:
         check_writable("json", flags.json)
+    if plot := getattr(flags, "plot", None):
+        if plot.suffix != ".png":
+            raise UserError(f"plot = {plot} must end in .png")
+        check_writable("plot", plot)
     found = machine()
     if found["load"] > found["cores"] / 2:
         print(f"WARNING: this machine is busy (load {found['load']})", file=sys.stderr)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from contest import Contender, begin_report, compete, make_parser, print_table, write_report
 from curves import draw_curves
-from shapes import SHAPES, Shape, series
+from shapes import SHAPES, Shape, chosen, series
 
 from gpt_jax.commands.run_main import run_main
 
@@ -29,20 +29,20 @@ def text_of(shape: Shape, name: str, rows: int, length: int) -> Contender:
     return Contender(name, "worker_gpt_jax.py", task, units=length)
 
 
-def curves(base: Shape) -> dict[tuple[str, str], list[tuple[int, Contender]]]:
-    """What is measured: by the kind of work and what changes, amounts and contenders."""
-    found: dict[tuple[str, str], list[tuple[int, Contender]]] = {}
+def curves(base: Shape) -> dict[str, dict[str, list[tuple[int, Contender]]]]:
+    """What is measured: by what changes and the kind of work, amounts and contenders."""
+    found: dict[str, dict[str, list[tuple[int, Contender]]]] = {}
     for what, points in series(base).items():
-        found["step", what] = [(amount, step_of(shape, f"{amount}")) for amount, shape in points]
-        found["token", what] = [
-            (
-                amount,
-                text_of(shape, f"{amount}", shape.batch_size if what == "batch" else 1, shape.context - 1),
-            )
-            for amount, shape in points
-        ]
+        tokens = []
+        for amount, shape in points:
+            rows = shape.batch_size if what == "batch" else 1
+            tokens.append((amount, text_of(shape, f"{amount}", rows, shape.context - 1)))
+        found[what] = {
+            "step": [(amount, step_of(shape, f"{amount}")) for amount, shape in points],
+            "token": tokens,
+        }
     lengths = [base.context * n for n in (1, 2, 4, 16)]
-    found["text", "length"] = [(length, text_of(base, f"{length}", 1, length)) for length in lengths]
+    found["length"] = {"text": [(length, text_of(base, f"{length}", 1, length)) for length in lengths]}
     return found
 
 
@@ -50,6 +50,7 @@ def main() -> int:
     """Measure the curves, print them, and draw them."""
     parser = make_parser(__doc__, repeats=3)
     parser.add_argument("--shape", default="3M", choices=SHAPES, help="(%(default)s)")
+    parser.add_argument("--by", help="weights, context, batch or length: these curves only")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves here")
     flags = parser.parse_args()
     report = begin_report(flags)
@@ -57,7 +58,8 @@ def main() -> int:
         "step": ("a training step", "ms"), "token": ("a token of each text", "ms"), "text": ("a text", "ms"),
     }  # fmt: skip
     panels = {}
-    for (kind, what), points in curves(SHAPES[flags.shape]).items():
+    measured = chosen(curves(SHAPES[flags.shape]), flags.by)
+    for what, kind, points in [(w, k, p) for w, kinds in measured.items() for k, p in kinds.items()]:
         results = compete([contender for _, contender in points], flags.repeats)
         report["tables"][f"{kind}, {what}"] = [result.to_dict() for result in results.values()]
         write_report(flags, report)
@@ -67,8 +69,12 @@ def main() -> int:
         ]
         title, unit = titles[kind]
         amounts = [amount for amount, _ in points]
-        rows = [(f"{amount:,}", f"{cost:,.2f}") for amount, cost in zip(amounts, costs, strict=True)]
-        print_table(f"{title} by {what}", (UNITS[what], unit), rows)
+        ratios = [(max(r.seconds) - r.fastest) / r.median for r in results.values()]
+        rows = [
+            (f"{amount:,}", f"{cost:,.2f}", f"{ratio:.0%}")
+            for amount, cost, ratio in zip(amounts, costs, ratios, strict=True)
+        ]
+        print_table(f"{title} by {what}", (UNITS[what], f"{unit}, median", "spread"), rows)
         curve = list(zip(amounts, costs, strict=True))
         panels[f"{title} by {what}"] = (UNITS[what], unit, {"measured": curve})
     if flags.plot:

@@ -12,7 +12,7 @@ from typing import Any
 
 from contest import Contender, Worker, begin_report, make_parser, print_table, write_report
 from curves import draw_curves
-from shapes import SHAPES, series
+from shapes import SHAPES, chosen, series
 
 from gpt_jax.commands.run_main import run_main
 
@@ -23,11 +23,12 @@ def main() -> int:
     """Compile, print, and draw."""
     parser = make_parser(__doc__, repeats=1)
     parser.add_argument("--shape", default="3M", choices=SHAPES, help="(%(default)s)")
+    parser.add_argument("--by", help="weights, context or batch: one curve only")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves here")
     flags = parser.parse_args()
     report = begin_report(flags)
     panels = {}
-    for what, points in series(SHAPES[flags.shape]).items():
+    for what, points in chosen(series(SHAPES[flags.shape]), flags.by).items():
         rows: list[tuple[str, ...]] = []
         curves: dict[str, list[tuple[float, float]]] = {}
         for remat in REMATS:

@@ -96,6 +96,10 @@ def main() -> int:
         batches = [int(rows) for rows in flags.batches.split(",")]
     except ValueError:
         raise UserError(f"batches = {flags.batches} must be numbers, such as 1,8,64") from None
+    if min(batches) < 1 or len(set(batches)) < len(batches):
+        raise UserError(f"batches = {flags.batches} must be different numbers of 1 or above")
+    if flags.length < 0:
+        raise UserError(f"length = {flags.length} must be 0 or above")
     report = begin_report(flags)
     shape = SHAPES[flags.shape]
     everyone = [*contenders(shape, batches, flags), *ceilings(flags.shape == "smoke")]
@@ -110,7 +114,7 @@ def main() -> int:
         f"{flags.shape}: {shape}\nA matrix product reaches {ceiling / 1e9:.1f} GFLOP/s, a copy "
         f"{bandwidth / 1e9:.1f} GB/s: {bandwidth / (4 * shape.n_weights):,.0f} times a second the weights."
     )
-    header = ("", "characters/s", "spread", "ratio to the first", "of the product's FLOP/s")
+    header = ("", "characters/s", "spread", "speed, ratio to the first", "of the product's FLOP/s")
     print_table(title, header, [row(result, first, ceiling) for result in results.values()])
     return 0
 

@@ -1,7 +1,11 @@
 """The shapes of the models that the contests use."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
+
+from gpt_jax.errors import UserError
+
+Curves = TypeVar("Curves")
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,17 @@ def series(base: Shape) -> dict[str, list[tuple[int, Shape]]]:
         "context": [(shape.context, shape) for shape in by_context],
         "batch": [(shape.batch_size, shape) for shape in by_batch],
     }
+
+
+def chosen(curves: dict[str, Curves], name: str | None) -> dict[str, Curves]:
+    """The curves of this name; None: all.
+
+    Raises:
+        UserError: there are none.
+    """
+    if name is not None and name not in curves:
+        raise UserError(f"by = {name} must be one of {', '.join(curves)}")
+    return {what: curve for what, curve in curves.items() if name in (None, what)}
 
 
 def _times(number: int, *factors: float) -> list[int]:

@@ -16,27 +16,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from contest import begin_report, make_parser, print_table, write_report
 from facts import REPOSITORY
 
 from gpt_jax.commands.paths import ARTIFACTS
 from gpt_jax.commands.run_main import run_main
-from gpt_jax.errors import RunError
+from gpt_jax.errors import RunError, UserError
 from gpt_jax.monitor.metrics import read_metrics
 
 WORKER = REPOSITORY / "benchmarks" / "worker_startup.py"
-PARTS = ("total", "import", "data", "compile", "rest")
+PARTS = ("import", "data", "compile", "rest")
 # Two steps, and little besides: no sample text, and a small validation split.
 SHORT = (
     "--config.train.steps=2", "--config.train.eval_every=2", "--config.train.log_every=1",
     "--config.train.sample_length=0", "--config.optimizer.warmup_steps=1",
     "--config.data.train_fraction=0.999",
 )  # fmt: skip
-Seconds = dict[str, float]  # of each part
+Seconds = dict[str, float]  # in all, and of each part; "cached": how many programs the cache had
 
 
 def main() -> int:
@@ -47,6 +46,8 @@ def main() -> int:
     flag("--workdir", type=Path, default=ARTIFACTS / "pretrained", help="the model to sample from")
     flag("--length", type=int, default=10_000, help="characters of the whole text (%(default)s)")
     flags = parser.parse_args()
+    if flags.length < 1:
+        raise UserError(f"length = {flags.length} must be 1 or above")
     report = begin_report(flags)
     for repeat in range(flags.repeats):
         with tempfile.TemporaryDirectory() as place:
@@ -55,11 +56,11 @@ def main() -> int:
                 print(f"{repeat + 1} of {flags.repeats}: {name}: {seconds['total']:.2f} s", flush=True)
                 write_report(flags, report)
     rows = [(name, *medians(repeats)) for name, repeats in report["tables"].items()]
-    print_table("Seconds, medians", ("", *PARTS), rows)
+    print_table("Seconds, medians", ("", "total", "spread", *PARTS, "cached programs"), rows)
     return 0
 
 
-def measure(flags: argparse.Namespace, place: Path) -> Any:
+def measure(flags: argparse.Namespace, place: Path) -> Iterator[tuple[str, Seconds]]:
     """Each command once: its name, and the seconds of its parts."""
     environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(place)}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
@@ -75,13 +76,20 @@ def measure(flags: argparse.Namespace, place: Path) -> Any:
 
 
 def medians(repeats: Sequence[Seconds]) -> list[str]:
-    """The median of each part, "" for one that was not measured."""
-    return [f"{statistics.median(r[p] for r in repeats):.2f}" if p in repeats[0] else "" for p in PARTS]
+    """The median and spread of the total, and the median of each part, "" for one that was not measured."""
+
+    def median(name: str, form: str = ".2f") -> str:
+        return format(statistics.median(r[name] for r in repeats), form) if name in repeats[0] else ""
+
+    totals = [repeat["total"] for repeat in repeats]
+    spread = f"{min(totals):.2f} to {max(totals):.2f}"
+    return [median("total"), spread, *map(median, PARTS), median("cached", "g")]
 
 
 def import_jax(workdir: Path, environment: dict[str, str]) -> float:
     """Seconds for the least that a program with JAX can do."""
-    read = f"import jax, pathlib; [f.read_bytes() for f in pathlib.Path({str(workdir)!r}).iterdir()]"
+    files = f"pathlib.Path({str(workdir)!r}).rglob('*')"
+    read = f"import jax, pathlib; [file.read_bytes() for file in {files} if file.is_file()]"
     begun = time.monotonic()
     done = subprocess.run([sys.executable, "-c", read], env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -141,7 +149,9 @@ def parts(record: Path, begun: float, moment: float) -> Seconds:
         "data": covered([*moments["data"], *moments["compile"]], *window) - compiling,
         "compile": compiling,
     }
-    return {"total": moment - begun, **seconds, "rest": moment - begun - sum(seconds.values())}
+    rest = moment - begun - sum(seconds.values())
+    hits = sum(hit < moment for hit in moments["hits"])
+    return {"total": moment - begun, **seconds, "rest": rest, "cached": hits}
 
 
 def covered(spans: Sequence[tuple[float, float]], start: float, end: float) -> float:

@@ -58,11 +58,11 @@ def main() -> int:
         results = compete(everyone, flags.repeats)
         report["tables"][name] = [result.to_dict() for result in results.values()]
         write_report(flags, report)
-        ours, product = results["gpt_jax"], results["matrix product"]
+        ours, product, copy = results["gpt_jax"], results["matrix product"], results["copy"]
         ceiling = product.contender.flops / product.fastest
         rows = []
         for result in results.values():
-            if "task" not in result.contender.task or result.contender.task["task"] != "train":
+            if result.contender.task["task"] != "train":
                 continue
             speed = result.contender.flops / result.median
             milliseconds = [1000 * s / result.contender.units for s in (result.median, result.fastest)]
@@ -79,9 +79,10 @@ def main() -> int:
         shape = SHAPES[name]
         title = (
             f"{name}: {shape}, batch {shape.batch_size}, dropout {shape.dropout}\n"
-            f"A matrix product reaches {ceiling / 1e9:.1f} GFLOP/s."
+            f"A matrix product reaches {ceiling / 1e9:.1f} GFLOP/s, a copy "
+            f"{copy.contender.units / copy.fastest / 1e9:.1f} GB/s."
         )
-        header = ("", "ms, median", "ms, spread", "ratio to gpt_jax", "GFLOP/s", "of the ceiling")
+        header = ("", "ms, median", "ms, spread", "time, ratio to gpt_jax", "GFLOP/s", "of the ceiling")
         print_table(title, header, rows)
     return 0
 

@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +62,27 @@ def memory(task: dict[str, Any]) -> Prepared:
     program, arguments, facts = compile_training(Config.from_dict(values), task["shape"], 1)
     plan = program.memory_analysis()
     facts["arguments"] = plan.argument_size_in_bytes
-    facts["planned"] = plan.argument_size_in_bytes + plan.temp_size_in_bytes
-    status = Path("/proc/self/status")
-    if status.exists() and jax.default_backend() == "cpu":
-        ctypes.CDLL(None).malloc_trim(0)  # what compiling has left
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        before = kibibytes(status, "VmRSS")
-        jax.block_until_ready(program(*arguments))
-        facts["measured"] = facts["arguments"] + 1024 * (kibibytes(status, "VmHWM") - before)
+    results = plan.output_size_in_bytes - plan.alias_size_in_bytes  # those with memory of their own
+    facts["planned"] = plan.argument_size_in_bytes + results + plan.temp_size_in_bytes
+    if jax.default_backend() == "cpu":
+        with suppress(OSError):  # not Linux, or not allowed
+            arguments[0], _ = program(*arguments)  # threads and libraries take memory once
+            facts["measured"] = facts["arguments"] + growth_during(lambda: program(*arguments))
     return facts, lambda: None
+
+
+def growth_during(work: Callable[[], Any]) -> int:
+    """By how many bytes this process grows at most, as Linux counts them.
+
+    Raises:
+        OSError: this is not Linux, or the kernel does not allow it.
+    """
+    status = Path("/proc/self/status")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed must not hide what is needed
+    before = kibibytes(status, "VmRSS")
+    jax.block_until_ready(work())
+    return 1024 * (kibibytes(status, "VmHWM") - before)
 
 
 def kibibytes(status: Path, name: str) -> int:
@@ -125,10 +138,11 @@ def products(task: dict[str, Any]) -> Prepared:
     def loop(x_BxD: jax.Array, layers: Any, head: jax.Array) -> Any:
         def token(x_BxD: jax.Array, _: None) -> Any:
             for qkv, out, up, down in layers:
-                x_BxD = x_BxD + (x_BxD @ qkv)[:, :D] @ out
+                q, k, v = jnp.split(x_BxD @ qkv, 3, axis=1)  # all are used, so none is optimized away
+                x_BxD = x_BxD + (q + k + v) @ out
                 x_BxD = x_BxD + (x_BxD @ up) @ down
             # A call of a library, as the sampler has one: without any, XLA compiles the loop in another way.
-            _, token_Bx1 = jax.lax.top_k(x_BxD @ head, 1)
+            token_Bx1 = jax.lax.top_k(x_BxD @ head, 1)[1]
             return x_BxD / (1 + jnp.abs(x_BxD).max()), token_Bx1
 
         return jax.lax.scan(token, x_BxD, None, length=task["length"])

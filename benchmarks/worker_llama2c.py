@@ -73,7 +73,10 @@ def main() -> None:
         source = "runq" if task["quantized"] else "run"
         compiler = [os.environ.get("CC", "cc"), "-Ofast", "-march=native", "-fopenmp"]
         program = str(folder / source)
-        subprocess.run([*compiler, f"{task['checkout']}/{source}.c", "-lm", "-o", program], check=True)
+        code = f"{task['checkout']}/{source}.c"
+        made = subprocess.run([*compiler, code, "-lm", "-o", program], stdout=subprocess.DEVNULL)
+        if made.returncode:
+            sys.exit(f"{compiler[0]} cannot compile {source}.c")
         write_model(folder / "model.bin", task["shape"], task["quantized"])
         write_tokenizer(folder / "tokenizer.bin", task["shape"]["vocab_size"])
         length = task["length"]

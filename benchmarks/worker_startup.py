@@ -17,11 +17,16 @@ sys.argv = [f"{COMMAND}.py", *sys.argv[4:]]
 
 import jax  # noqa: E402
 
-from gpt_jax.commands import sample, train, training_run  # noqa: E402
 from gpt_jax.commands.run_main import run_main  # noqa: E402
+
+if COMMAND == "sample":
+    from gpt_jax.commands import sample
+else:
+    from gpt_jax.commands import train, training_run
 
 IMPORTED = time.monotonic()
 SPANS: dict[str, list[tuple[float, float]]] = {"data": [], "compile": []}
+HITS: list[float] = []  # when a compiled program was found in the cache
 
 
 def note_compilation(event: str, duration_secs: float, **_: Any) -> None:
@@ -29,6 +34,12 @@ def note_compilation(event: str, duration_secs: float, **_: Any) -> None:
     if event.startswith("/jax/core/compile/"):
         now = time.monotonic()
         SPANS["compile"].append((now - duration_secs, now))
+
+
+def note_hit(event: str, **_: Any) -> None:
+    """A compiled program that was found in the cache."""
+    if event == "/jax/compilation_cache/cache_hits":
+        HITS.append(time.monotonic())
 
 
 def timed(read: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,10 +59,13 @@ def main() -> Any:
     try:
         return sample.main() if COMMAND == "sample" else train.main(STARTED)
     finally:
-        FILE.write_text(json.dumps({"imported": IMPORTED, **SPANS}), encoding="utf-8")
+        FILE.write_text(json.dumps({"imported": IMPORTED, "hits": HITS, **SPANS}), encoding="utf-8")
 
 
 jax.monitoring.register_event_duration_secs_listener(note_compilation)
-vars(sample)["load"] = timed(sample.load)
-vars(training_run)["load_corpus"] = timed(training_run.load_corpus)
+jax.monitoring.register_event_listener(note_hit)
+if COMMAND == "sample":
+    sample.load = timed(sample.load)
+else:
+    training_run.load_corpus = timed(training_run.load_corpus)
 sys.exit(run_main(main))

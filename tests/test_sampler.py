@@ -7,9 +7,11 @@ from conftest import MODELS, NAMES, VOCAB, apply, make_params, small_model, some
 from scipy import stats
 
 import gpt_jax.sampling.generate as sampler
+from gpt_jax.config import MeshConfig
 from gpt_jax.model.cache import empty_cache
 from gpt_jax.model.params import unstack_layers
 from gpt_jax.model.transformer import GPT
+from gpt_jax.parallel.mesh import make_mesh, replicated
 from gpt_jax.sampling.generate import (
     MANY_ROWS,
     SHORT_PROMPT,
@@ -19,7 +21,7 @@ from gpt_jax.sampling.generate import (
     prefill,
     window_start,
 )
-from gpt_jax.sampling.rules import apply_rules, make_rules
+from gpt_jax.sampling.rules import apply_rules, draw, make_rules
 
 KEY = jax.random.key(5)
 T = 8
@@ -103,6 +105,23 @@ def test_generation_past_the_context_follows_its_definition(name, window):
         wanted = naive_greedy(model, params, prompt[0].tolist(), 3 * T + 1, window)
         got = generate(model, params, prompt, 3 * T + 1, window=window)[0].tolist()
         assert got == wanted, f"prompt of {prompt_length}"
+
+
+@pytest.mark.parametrize("n_devices", [None, 1, 2])
+def test_the_decoder_compiles_once(n_devices):
+    """From the first token on, whether or not the parameters are bound to devices."""
+    model, params = make_model(d_mlp=24 + 4 * (n_devices or 0))  # no other test has compiled it
+    if n_devices:
+        params = jax.device_put(params, replicated(make_mesh(MeshConfig(), jax.devices()[:n_devices])))
+    before = decode._cache_size()
+    generate(model, params, prompt_of(1), 5 * T)
+    assert decode._cache_size() == before + 1
+
+
+def test_of_equal_scores_the_first_is_drawn():
+    logits_BxV = np.array([[0, 7, -np.inf, 7], [-3, -3, -3, -3]], np.float32)
+    token_B = jax.jit(draw)(jax.random.split(KEY, 2), logits_BxV, make_rules(greedy=True))
+    assert token_B.tolist() == [1, 0]
 
 
 def test_greedy_texts_differ_between_windows():

@@ -149,17 +149,18 @@ def attend_to_cache(
     """
     q_BxHxTxK *= q_BxHxTxK.shape[-1] ** -0.5
     if by_sums:
-        products_BxHxKxS = q_BxHxTxK.swapaxes(2, 3) * k_BxHxKxS
-        scores_BxHxTxS = jnp.sum(products_BxHxKxS, axis=2, keepdims=True, dtype=jnp.float32)
+        q_BxHxKxT = q_BxHxTxK.swapaxes(2, 3).astype(jnp.float32)
+        scores_BxHxTxS = jnp.sum(q_BxHxKxT * k_BxHxKxS.astype(jnp.float32), axis=2, keepdims=True)
     else:
         scores_BxHxTxS = jnp.einsum(
             "bhtk,bhks->bhts", q_BxHxTxK, k_BxHxKxS, preferred_element_type=jnp.float32
         )
     scores_BxHxTxS = jnp.where(mask_TxS[None, None], scores_BxHxTxS, jnp.finfo(jnp.float32).min)
-    weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS, axis=-1).astype(q_BxHxTxK.dtype)
+    weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS, axis=-1)
     if by_sums:
-        return jnp.sum(weights_BxHxTxS.swapaxes(2, 3) * v_BxHxSxK, axis=2, keepdims=True)
-    return jnp.einsum("bhts,bhsk->bhtk", weights_BxHxTxS, v_BxHxSxK)
+        products_BxHxSxK = weights_BxHxTxS.swapaxes(2, 3) * v_BxHxSxK.astype(jnp.float32)
+        return jnp.sum(products_BxHxSxK, axis=2, keepdims=True).astype(v_BxHxSxK.dtype)
+    return jnp.einsum("bhts,bhsk->bhtk", weights_BxHxTxS.astype(v_BxHxSxK.dtype), v_BxHxSxK)
 
 
 def attend_in_blocks(

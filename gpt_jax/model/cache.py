@@ -15,8 +15,8 @@ class LayerCache(struct.PyTreeNode):
     """The cache of one layer.
 
     Attributes:
-        k_BxHxKxS, v_BxHxSxK: keys and values of up to S tokens. In these layouts the sums over channels, and
-            over tokens, both add vectors that lie in one piece.
+        k_BxHxKxS, v_BxHxSxK: keys and values of up to S tokens. In these layouts the sums over channels and
+            over tokens both add contiguous vectors.
         conv_BxSxD: the newest S = W - 1 inputs of the convolution, zeros before the first token; None without
             a convolution.
     """

@@ -44,7 +44,7 @@ def make_linear(
         axis=axis,
         use_bias=config.bias,
         dtype=compute_dtype(config),
-        # A remat policy keeps what products of the plain kind return; it does not see into the other one.
+        # A remat policy keeps what plain products return; it cannot see inside a custom VJP.
         dot_general=linear_product if config.remat == "nothing" else None,
         kernel_init=normal(config.init_std if std is None else std, axes),
         bias_init=normal(0.0, axes[n_in:]),
@@ -58,8 +58,9 @@ def linear_product(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: 
     The gradient of a kernel is the product of x and dy over all tokens. XLA on a CPU transposes the left
     factor first, together with the element-wise operations before it, which is slow. So the smaller factor is
     put on the left; JAX always puts dy there. A step of a model of 10.7M parameters takes 0.82 times as long.
+    There is no forward-mode derivative (`jax.jvp`).
     """
-    (x_axes, kernel_axes), _ = dimensions
+    (x_axes, kernel_axes), _ = dimensions  # in ascending order, as linen has them
     precision = precision or jax.config.jax_default_matmul_precision  # the gradient is traced in no context
     return _linear_product(x, kernel, tuple(x_axes), tuple(kernel_axes), precision)
 

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from gpt_jax.model.cache import Cache, empty_cache
 from gpt_jax.model.layers import Params, cast_matrices
@@ -82,6 +83,9 @@ def generate_tokens(
     """
     context = model.config.context
     params = _unstack(params)  # once: it takes as long as a few tokens
+    # A program is compiled for where its arguments are. What may be anywhere, as the parameters of an
+    # exported model, is bound to its place, like the results of programs: otherwise `decode` compiles twice.
+    params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, params))
     pieces_of = _half_pieces if window == "half" else _exact_pieces
     n = n_before + prompt_BxP.shape[1]
     end = n + length
@@ -108,7 +112,8 @@ def _half_pieces(
     filled = n - window_start(n, context)
     window_BxT = np.zeros((max(rows, _min_rows()), filled), np.int32)
     window_BxT[:rows] = recent_BxR[:, -filled:]
-    token_B, cache = window_BxT[:, -1], _read_all(model, params, window_BxT[:, :-1])
+    token_B = jax.device_put(window_BxT[:, -1], _place(params))
+    cache = _read_all(model, params, window_BxT[:, :-1])
 
     count = min(context + 1 - filled, end - n)  # with more tokens, the window would be too long
     before_BxC = None
@@ -147,7 +152,7 @@ def _read_all(model: GPT, params: Params, tokens_BxT: np.ndarray) -> Cache:
     context, (rows, length) = model.config.context, tokens_BxT.shape
     room = _room(context, rows, length + chunk_length(context))
     if length == 0:
-        return _empty_cache(model.config, model.vocab_size, rows, room)
+        return jax.device_put(_empty_cache(model.config, model.vocab_size, rows, room), _place(params))
     # Few shapes are compiled, not one for each length: half a context, and a whole one. With many texts at
     # once, the padding of a short prompt would take as long as dozens of tokens: it has a shape of its own.
     half = max(context // 2, 1)
@@ -155,6 +160,14 @@ def _read_all(model: GPT, params: Params, tokens_BxT: np.ndarray) -> Cache:
     n_time = next(shape for shape in shapes if length <= shape)
     padded_BxT = np.pad(tokens_BxT, ((0, 0), (0, n_time - length)))
     return prefill(model, params, padded_BxT, np.int32(length), max(room, _room(context, rows, n_time)))
+
+
+def _place(params: Params) -> Sharding:
+    """Where `decode` finds its first arguments: as its results, on each device that has parameters."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec())
+    return sharding
 
 
 def _room(context: int, rows: int, needed: int) -> int:
