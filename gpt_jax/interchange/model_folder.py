@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -172,7 +171,7 @@ def _read_version_1(folder: Path) -> tuple[Metadata, Params]:
     params = _read_arrays(
         folder / PARAMS_1, f"{CONFIG_1} and {TOKENIZER_1}", array_names(target, 1), facts.get("sha256")
     )
-    return metadata, stack_layers(current_array_names(params, 1))
+    return metadata, jax.jit(stack_layers)(current_array_names(params, 1))
 
 
 def _target(metadata: Metadata, arrays: Path) -> Params:
@@ -193,7 +192,8 @@ def _read_arrays(path: Path, described_by: str, target: Params, sha256: Any) -> 
         arrays = {name: file.get_tensor(name) for name in wanted}
         if sha256 != _checksum(arrays):
             raise UserError("its parameters do not match the recorded checksum")
-    leaves = [jnp.asarray(array, jnp.float32) for array in arrays.values()]
+    # NumPy converts them: JAX would compile a program for each shape.
+    leaves = jax.device_put([array.astype(np.float32) for array in arrays.values()])
     return jax.tree.unflatten(jax.tree.structure(target), leaves)
 
 
