@@ -39,8 +39,8 @@ def draw_curves(panels: Mapping[str, tuple[str, str, Mapping[str, Curve]]], file
 
 
 def _short(number: float) -> str:
-    """1.2M, 40k, 3.5: a number for an axis."""
+    """1.2M, 40k, 1,024, 3.5: a number for an axis."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
-        if number >= size:
+        if number >= 10 * size or number >= 1e6:
             return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"

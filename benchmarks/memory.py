@@ -22,7 +22,7 @@ REMATS = ("nothing", "elementwise", "block")  # what is computed again in the ba
 def main() -> int:
     """Compile, print, and draw."""
     parser = make_parser(__doc__, repeats=1)
-    parser.add_argument("--shape", default="3M", choices=SHAPES, help="(%(default)s)")
+    parser.add_argument("--shape", default="0.8M", choices=SHAPES, help="(%(default)s)")
     parser.add_argument("--by", help="weights, context or batch: one curve only")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves here")
     flags = parser.parse_args()
