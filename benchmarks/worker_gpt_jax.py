@@ -78,8 +78,9 @@ def growth_during(work: Callable[[], Any]) -> int:
         OSError: this is not Linux, or the kernel does not allow it.
     """
     status = Path("/proc/self/status")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    time.sleep(1)  # threads may still free what they used
     ctypes.CDLL(None).malloc_trim(0)  # memory that was freed must not hide what is needed
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = kibibytes(status, "VmRSS")
     jax.block_until_ready(work())
     return 1024 * (kibibytes(status, "VmHWM") - before)
