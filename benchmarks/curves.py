@@ -31,7 +31,7 @@ def draw_curves(panels: Mapping[str, tuple[str, str, Mapping[str, Curve]]], file
         axes.set(title=title, xlabel=x_label, ylabel=y_label)
         axes.set_xticks(amounts, [_short(amount) for amount in amounts])
         axes.minorticks_off()
-        ticks = sorted({cost for curve in curves.values() for _, cost in (curve[0], curve[-1])})
+        ticks = sorted({costs[0], costs[-1]})  # of the first curve
         axes.set_yticks(ticks, [_short(tick) for tick in ticks])
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
