@@ -142,7 +142,7 @@ def test_startup_is_measured_cold_and_warm(tmp_path):
         total, cached[name] = seconds.pop("total"), seconds.pop("cached")
         assert sum(seconds.values()) == pytest.approx(total)
         assert all(part > 0 for part in seconds.values()), name
-    assert table["50 characters, warm"][0]["total"] > table[whole[0]][0]["total"]
+    assert table["50 characters, warm"][0]["total"] > total
     assert 0 == cached["first character, cold"] < cached["first character, warm"]
     assert cached["first step, cold"] < cached["first step, warm"]
     done = run(sys.executable, BENCHMARKS / "startup.py", f"--workdir={tmp_path}", "--repeats=1")
