@@ -1,9 +1,20 @@
 """Pictures of how a cost grows."""
 
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from shapes import SHAPES
+
 Curve = Sequence[tuple[float, float]]  # amounts and costs
+
+
+def add_curves(parser: argparse.ArgumentParser, shape: str) -> None:
+    """The flags that say which curves are measured, around which shape."""
+    flag = parser.add_argument
+    flag("--shape", default=shape, choices=SHAPES, help="(%(default)s)")
+    flag("--by", help="only what grows by this, such as context")
+    flag("--plot", type=Path, metavar="FILE", help="draw the curves here")
 
 
 def draw_curves(panels: Mapping[str, tuple[str, str, Mapping[str, Curve]]], file: Path) -> None:

@@ -7,10 +7,9 @@ measured in turn.
 """
 
 import sys
-from pathlib import Path
 
 from contest import Contender, begin_report, compete, make_parser, print_table, write_report
-from curves import draw_curves
+from curves import add_curves, draw_curves
 from shapes import SHAPES, Shape, chosen, series
 
 from gpt_jax.commands.run_main import run_main
@@ -49,14 +48,10 @@ def curves(base: Shape) -> dict[str, dict[str, list[tuple[int, Contender]]]]:
 def main() -> int:
     """Measure the curves, print them, and draw them."""
     parser = make_parser(__doc__, repeats=3)
-    parser.add_argument("--shape", default="3M", choices=SHAPES, help="(%(default)s)")
-    parser.add_argument("--by", help="weights, context, batch or length: these curves only")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves here")
+    add_curves(parser, "3M")
     flags = parser.parse_args()
     report = begin_report(flags)
-    titles = {
-        "step": ("a training step", "ms"), "token": ("a token of each text", "ms"), "text": ("a text", "ms"),
-    }  # fmt: skip
+    titles = {"step": "a training step", "token": "a token of each text", "text": "a text"}
     panels = {}
     measured = chosen(curves(SHAPES[flags.shape]), flags.by)
     for what, kind, points in [(w, k, p) for w, kinds in measured.items() for k, p in kinds.items()]:
@@ -67,16 +62,15 @@ def main() -> int:
             1000 * results[contender.name].median / (contender.units if kind == "token" else 1)
             for _, contender in points
         ]
-        title, unit = titles[kind]
+        title = f"{titles[kind]} by {what}"
         amounts = [amount for amount, _ in points]
         ratios = [(max(r.seconds) - r.fastest) / r.median for r in results.values()]
         rows = [
             (f"{amount:,}", f"{cost:,.2f}", f"{ratio:.0%}")
             for amount, cost, ratio in zip(amounts, costs, ratios, strict=True)
         ]
-        print_table(f"{title} by {what}", (UNITS[what], f"{unit}, median", "spread"), rows)
-        curve = list(zip(amounts, costs, strict=True))
-        panels[f"{title} by {what}"] = (UNITS[what], unit, {"measured": curve})
+        print_table(title, (UNITS[what], "ms, median", "spread"), rows)
+        panels[title] = (UNITS[what], "ms", {"measured": list(zip(amounts, costs, strict=True))})
     if flags.plot:
         draw_curves(panels, flags.plot)
     return 0

@@ -7,11 +7,10 @@ parameters, optimizer state, data and temporaries; and on a CPU those by which t
 """
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from contest import Contender, Worker, begin_report, make_parser, print_table, write_report
-from curves import draw_curves
+from curves import add_curves, draw_curves
 from shapes import SHAPES, chosen, series
 
 from gpt_jax.commands.run_main import run_main
@@ -22,9 +21,7 @@ REMATS = ("nothing", "elementwise", "block")  # what is computed again in the ba
 def main() -> int:
     """Compile, print, and draw."""
     parser = make_parser(__doc__, repeats=1)
-    parser.add_argument("--shape", default="0.8M", choices=SHAPES, help="(%(default)s)")
-    parser.add_argument("--by", help="weights, context or batch: one curve only")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves here")
+    add_curves(parser, "0.8M")
     flags = parser.parse_args()
     report = begin_report(flags)
     panels = {}

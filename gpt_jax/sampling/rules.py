@@ -101,9 +101,10 @@ def _largest(scores_BxV: jax.Array) -> jax.Array:
 
 
 def _largest_on_cpu(scores_BxV: jax.Array) -> jax.Array:
-    """The same by `top_k`, which XLA calls from a library; only 0 and -0 it does not call equal.
+    """The same by `top_k`, which XLA calls from a library. (It orders -0 below 0; `argmax` does not.)
 
-    Without a library call, XLA compiles the loop of a single text into one single-threaded function. For a
-    model of 10.7M parameters this took 5.5 s instead of 1.6, and a token took 1.1 times as long.
+    Without a library call, XLA compiles the loop of a single text into one single-threaded function, which
+    takes about three times as long to compile. A token of a small model takes 1.2 times as long with the
+    call, of a model of 10.7M parameters 0.92 times.
     """
     return jax.lax.top_k(scores_BxV, 1)[1][:, 0]
