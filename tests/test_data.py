@@ -16,15 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import some
 
-from gpt_jax.commands.paths import ARTIFACTS
-from gpt_jax.commands.paths import ROOT as REPOSITORY
 from gpt_jax.config import TrainConfig
-from gpt_jax.data.batches import eval_windows, micro_batch_size, shuffled, train_batch
-from gpt_jax.data.corpus import BLOCK, fingerprint_of, load_corpus
+from gpt_jax.data.batches import eval_windows, shuffled, train_batch
+from gpt_jax.data.corpus import fingerprint_of, load_corpus
+from gpt_jax.data.documents import BLOCK
 from gpt_jax.data.tokenizers import CharTokenizer, tokenizer_from_json
 from gpt_jax.errors import UserError
 from gpt_jax.monitor.terminal import LoadingBar
+from gpt_jax.paths import ARTIFACTS
+from gpt_jax.paths import ROOT as REPOSITORY
+from gpt_jax.plan import micro_batch_size
 
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -102,7 +105,7 @@ def test_loading_tells_how_far_it_is(tmp_path):
     load_corpus(path, 8, 0.9, lambda *numbers: calls.append(numbers))
     done = [done for done, _ in calls]
     assert {total for _, total in calls} == {4 * BLOCK} and done[-1] == 4 * BLOCK
-    assert done == sorted(done) and len(set(done)) > 10
+    assert done == sorted(done) and len(set(done)) == 2 * 4  # two readings
 
 
 def test_a_line_says_how_much_is_loaded_where_there_is_no_terminal():
@@ -208,8 +211,8 @@ def test_texts_that_cannot_be_used(tmp_path, content, message):
         load_corpus(path, context=8, train_fraction=0.9)
 
 
-def test_a_folder_is_not_a_text(tmp_path):
-    with pytest.raises(UserError, match="is not a regular file"):
+def test_an_empty_folder_is_no_text(tmp_path):
+    with pytest.raises(UserError, match="has no files: give the path of a UTF-8 text file"):
         load_corpus(tmp_path, context=8, train_fraction=0.9)
 
 
@@ -348,11 +351,12 @@ def test_training_windows_reach_both_ends():
     assert set(inputs[:, 0]) == set(range(15))  # 14 + 4 = 18: the last target is the last token
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
+@pytest.mark.parametrize("n", some(1, 2, 5, 17, 4097, 3, 4, 16, 1000, quick=5))
 def test_shuffled_is_a_permutation(n):
+    places = jnp.arange(n, dtype=jnp.uint32)
     orders = [
-        np.asarray(jax.vmap(lambda i, key=key: shuffled(key, i, n))(jnp.arange(n)))
-        for key in jax.random.split(jax.random.key(1), 3)
+        np.asarray(jax.vmap(lambda i, keys=keys: shuffled(keys, i, n))(places)).astype(int)
+        for keys in jax.random.bits(jax.random.key(1), (3, 4), jnp.uint32)
     ]
     for order in orders:
         assert sorted(order) == list(range(n))

@@ -1,183 +1,181 @@
-"""A text file as two arrays of token ids: the training split and the validation split.
+"""A text as two arrays of token ids: the training split and the validation split.
 
-A text takes two bytes of memory per ASCII character while it is loaded, and one afterwards: it is decoded
-and encoded block by block, and never exists as a string.
+A small text is tokenized in memory, which takes one byte per character of ASCII. A large one is prepared
+once, in the user's cache folder, and read from there. Token files are read where they are.
 """
 
-import codecs
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from gpt_jax.data.tokenizers import CharTokenizer, Tokenizer
+from gpt_jax.data.documents import GIVE_A_PATH, Documents, Progress, find_documents, no_progress, readable
+from gpt_jax.data.prepare import Scan, encode, fingerprint, id_type, make_tokenizer_of, prepare, scan
+from gpt_jax.data.token_files import HEADER, find_token_files, known, open_tokens
+from gpt_jax.data.tokenizers import Tokenizer, make_tokenizer
+from gpt_jax.data.tokens import Corpus
 from gpt_jax.errors import UserError
+from gpt_jax.version import __version__
 
-BLOCK = 2**20  # bytes that are read, decoded or encoded at a time
-GIVE_A_PATH = "give the path of a UTF-8 text file"
-
-Progress = Callable[[int, int], None]  # called with the bytes that are done and all bytes
+IN_MEMORY = 2**26  # bytes of documents on the disk; more are prepared in the cache folder
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """A text, tokenized and split by position.
+def load_corpus(
+    path: Path,
+    context: int,
+    train_fraction: float,
+    progress: Progress = no_progress,
+    spec: str = "",
+    tokenizer: Tokenizer | None = None,
+) -> Corpus:
+    """Read a text; the first `int(train_fraction * N)` characters train, the rest validates.
 
-    Attributes:
-        train, val: token ids [N] in the smallest unsigned integer type that holds the vocabulary.
-        tokenizer: made from the characters of the whole file.
-        fingerprint: SHA-256 of the file's bytes and the tokenizer; a run resumes only on the same data.
-        n_characters: of the whole text.
-        n_val_characters: of the validation split.
-    """
-
-    train: np.ndarray
-    val: np.ndarray
-    tokenizer: Tokenizer
-    fingerprint: str
-    n_characters: int
-    n_val_characters: int
-
-
-def silent(_done: int, _total: int) -> None:
-    """A `Progress` that shows nothing."""
-
-
-def load_corpus(path: Path, context: int, train_fraction: float, progress: Progress = silent) -> Corpus:
-    """Read a UTF-8 text file.
+    Several documents are not cut: the first one that begins after that position begins the validation split.
+    Both splits must hold at least one window of `context` inputs and the target after it.
 
     Args:
-        path: the file.
-        context: T; both splits must hold at least one window of T inputs and the target after it.
-        train_fraction: the first `int(train_fraction * N)` characters train, the rest validate.
-        progress: called after each block; reading, finding the characters and encoding count a third each.
+        path: a UTF-8 text file, a .jsonl file, either compressed as .gz or .zst; a folder or a pattern of
+            such files; a token file, or a folder of them.
+        context: T.
+        train_fraction: of the characters, or of the tokens where one token file holds all.
+        progress: called with the bytes that are done and all bytes.
+        spec: the setting `data.tokenizer`.
+        tokenizer: the one that `spec` made when training began; None: make it.
 
     Raises:
-        UserError: the file cannot be read, is not UTF-8, or is too short.
+        UserError: the text cannot be read, or is too short, or the tokenizer is not that of the token files.
     """
-    data = _read(path, f"{GIVE_A_PATH} with --config.data.path=FILE", _third(progress, 0))
-    characters: set[str] = set()
-    n_characters = 0
-    for block in _decode(path, data, _third(progress, 1)):
-        characters.update(block)
-        n_characters += len(block)
-    n_train = int(train_fraction * n_characters)
-    n_val = n_characters - n_train
-    _check_length(path, n_train, n_val, context)
-
-    tokenizer = CharTokenizer.from_text("".join(characters))
-    ids_N = _encode(_decode(path, data, _third(progress, 2)), n_characters, tokenizer)
-    return Corpus(
-        ids_N[:n_train], ids_N[n_train:], tokenizer, _fingerprint(data, tokenizer), n_characters, n_val
-    )
+    with readable(path):
+        files = find_token_files(path)
+    if files:
+        resolve = partial(_resolve, path, spec, tokenizer)
+        corpus = open_tokens(path, files, train_fraction, resolve)
+    else:
+        documents = find_documents(path, f"{GIVE_A_PATH} with --config.data.path=FILE")
+        if documents.size > IN_MEMORY:
+            corpus = _prepared(documents, spec, train_fraction, progress)
+        else:
+            corpus = _from_documents(documents, train_fraction, progress, spec, tokenizer)
+    _check_length(path, corpus, context)
+    return corpus
 
 
 def fingerprint_of(path: Path, tokenizer: Tokenizer, advice: str = GIVE_A_PATH) -> str:
-    """The `fingerprint` of a file's corpus, if this is its tokenizer.
+    """The `fingerprint` of a corpus, if this is its tokenizer.
 
     Raises:
-        UserError: the file cannot be read. Where there is none, the error ends in `advice`.
+        UserError: the text cannot be read. Where there is none, the error ends in `advice`.
     """
-    return _fingerprint(_read(path, advice), tokenizer)
+    with readable(path):
+        files = find_token_files(path)
+    if files:
+        return open_tokens(path, files, 0.5, lambda found: found or tokenizer).fingerprint
+    return fingerprint(scan(find_documents(path, advice), 0.5).digest, tokenizer)
 
 
-def encode_file(path: Path, tokenizer: Tokenizer, progress: Progress = silent) -> tuple[np.ndarray, int]:
-    """The token ids of a UTF-8 file [N], and its number of characters; memory is as for `load_corpus`.
+def encode_file(
+    path: Path, tokenizer: Tokenizer, progress: Progress = no_progress
+) -> tuple[np.ndarray, int, int]:
+    """The token ids of a text [N], and its numbers of characters and of bytes as UTF-8.
 
     Raises:
-        UserError: the file cannot be read, is not UTF-8, or has unknown characters.
+        UserError: the text cannot be read, or has unknown characters.
     """
-    data = _read(path, GIVE_A_PATH)
-    n_characters = sum(map(len, _decode(path, data)))
-    return _encode(_decode(path, data, progress), n_characters, tokenizer), n_characters
+    documents = find_documents(path)
+    found = scan(documents, 0.0)
+    ids_N, counts = _encode(documents, found, tokenizer, progress)
+    return ids_N, counts["val_characters"], counts["val_bytes"]
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file.
-
-    A byte order mark at the beginning is not part of the text. Nothing else is changed, not even line ends.
+    """The text of a UTF-8 file, without a byte order mark; line ends stay as they are.
 
     Raises:
         UserError: the file cannot be read or is not UTF-8.
     """
-    return "".join(_decode(path, _read(path, GIVE_A_PATH)))
+    return "".join(block or "" for block in find_documents(path).blocks())
 
 
-def _read(path: Path, advice: str, progress: Progress = silent) -> bytearray:
-    data = bytearray()
-    try:
-        if not path.is_file():
-            reason = "is not a regular file" if path.exists() else "does not exist"
-            raise UserError(f"text file {path} {reason}: {advice}")
-        size = path.stat().st_size
-        with path.open("rb", buffering=0) as file:
-            while block := file.read(BLOCK):
-                data += block
-                progress(len(data), max(len(data), size))
-    except OSError as error:
-        raise UserError(f"text file {path} cannot be read: {error.strerror}") from None
-    return data
+def _from_documents(
+    documents: Documents, train_fraction: float, progress: Progress, spec: str, tokenizer: Tokenizer | None
+) -> Corpus:
+    found = scan(documents, train_fraction, lambda done, total: progress(done // 2, total))
+    tokenizer = tokenizer or make_tokenizer_of(documents, found, spec)
+    ids_N, counts = _encode(
+        documents, found, tokenizer, lambda done, total: progress((total + done) // 2, total)
+    )
+    return Corpus(
+        train=ids_N[: counts["train_tokens"]],
+        val=ids_N[counts["train_tokens"] :],
+        tokenizer=tokenizer,
+        fingerprint=fingerprint(found.digest, tokenizer),
+        n_characters=found.n_characters,
+        n_val_characters=counts["val_characters"],
+        n_val_bytes=counts["val_bytes"],
+        split=found.split,
+    )
 
 
-def _decode(path: Path, data: bytearray, progress: Progress = silent) -> Iterator[str]:
-    """The text, block by block, without a byte order mark."""
-    begin = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
-    while begin < len(data):
-        end = _border(data, min(begin + BLOCK, len(data)))
-        try:
-            yield data[begin:end].decode("utf-8")
-        except UnicodeDecodeError as error:
-            offset = begin + error.start
+def _encode(
+    documents: Documents, found: Scan, tokenizer: Tokenizer, progress: Progress
+) -> tuple[np.ndarray, dict[str, int]]:
+    """All ids [N], and what `Corpus` counts."""
+    ids_N, counts = bytearray(), {"train_tokens": 0, "val_characters": 0, "val_bytes": 0}
+    for piece, ids in encode(documents, found, tokenizer, progress):
+        ids_N += ids.astype(id_type(tokenizer)).data
+        if piece.is_train:
+            counts["train_tokens"] += len(ids)
+        else:
+            counts["val_characters"] += len(piece.text)
+            counts["val_bytes"] += len(piece.text.encode())
+    return np.frombuffer(ids_N, id_type(tokenizer)), counts
+
+
+def _resolve(path: Path, spec: str, tokenizer: Tokenizer | None, found: Tokenizer | None) -> Tokenizer:
+    """The tokenizer of token files: what they say, or else what the settings say."""
+    if found is None:
+        if tokenizer is None and (spec in ("", "char") or spec.startswith("bpe:")):
             raise UserError(
-                f"text file {path} is not UTF-8: byte {data[offset]:#04x} at offset {offset:,}; save it as "
-                f"UTF-8"
-            ) from None
-        progress(end, len(data))
-        begin = end
+                f"token files {path} do not say which tokenizer made them: name it, such as "
+                f"--config.data.tokenizer=gpt2"
+            )
+        return tokenizer or make_tokenizer(spec, lambda: iter(()))
+    if spec and spec != found.name and not _is_same(spec, found):
+        raise UserError(
+            f"data.tokenizer = {spec!r} is not the tokenizer of {path}, which is {found.name!r}: leave the "
+            f"setting out"
+        )
+    return found
 
 
-def _encode(blocks: Iterable[str], n_characters: int, tokenizer: Tokenizer) -> np.ndarray:
-    """The ids of a text of `n_characters`, in the smallest type; each token is one character."""
-    ids_N = np.empty(n_characters, np.min_scalar_type(tokenizer.vocab_size - 1))
-    begin = 0
-    for block in blocks:
-        ids_N[begin : begin + len(block)] = tokenizer.encode(block)
-        begin += len(block)
-    return ids_N
+def _is_same(spec: str, tokenizer: Tokenizer) -> bool:
+    is_made_of_text = spec == "char" or spec.startswith("bpe:")
+    return not is_made_of_text and make_tokenizer(spec, lambda: iter(())).to_json() == tokenizer.to_json()
 
 
-def _border(data: bytearray, end: int) -> int:
-    """The last place up to `end` where a character begins; `end` if there is none in the last four bytes."""
-    for place in range(end, end - 4, -1):  # a character has four bytes at most
-        if place == len(data) or data[place] & 0xC0 != 0x80:
-            return place
-    return end
+def _prepared(documents: Documents, spec: str, train_fraction: float, progress: Progress) -> Corpus:
+    """A large text from token files in the user's cache, which are prepared when it is used first."""
+    from platformdirs import user_cache_path  # only here: small texts work without it
+
+    identity = json.dumps([documents.identity(), spec, train_fraction, __version__])
+    folder = user_cache_path("gpt_jax") / "tokens" / hashlib.sha256(identity.encode()).hexdigest()[:16]
+    if not (folder / HEADER).exists():
+        print(f"data    {documents.size / 1e9:.1f} GB of text: tokenizing it once, into {folder}", flush=True)
+    prepare(documents, spec, folder, train_fraction, progress)
+    return open_tokens(folder, [], train_fraction, known)
 
 
-def _fingerprint(data: bytearray, tokenizer: Tokenizer) -> str:
-    digest = hashlib.sha256(data).hexdigest()
-    return hashlib.sha256((digest + tokenizer.to_json()).encode()).hexdigest()
-
-
-def _check_length(path: Path, n_train: int, n_val: int, context: int) -> None:
+def _check_length(path: Path, corpus: Corpus, context: int) -> None:
+    n_train, n_val = len(corpus.train), len(corpus.val)
     longest = min(n_train, n_val) - 1  # the context that fits both splits
     if longest >= context:
         return
     split, n_tokens = ("training", n_train) if n_train < context + 1 else ("validation", n_val)
-    tokens = "token" if n_tokens == 1 else "tokens"
+    unit = "characters" if n_train + n_val == corpus.n_characters else "tokens"
     raise UserError(
-        f"{path} has {n_train + n_val:,} characters: its {split} split of {n_tokens:,} {tokens} is shorter "
-        f"than one window of model.context + 1 = {context + 1}; use a longer text"
-        + (f", or --config.model.context={longest}" if longest > 0 else "")
+        f"{path} has {n_train + n_val:,} {unit}: its {split} split of {n_tokens:,} token"
+        f"{'s' if n_tokens != 1 else ''} is shorter than one window of model.context + 1 = {context + 1}; "
+        f"use a longer text" + (f", or --config.model.context={longest}" if longest > 0 else "")
     )
-
-
-def _third(progress: Progress, number: int) -> Progress:
-    """The progress of one of three equal parts: 0, 1 or 2."""
-
-    def of_the_whole(done: int, total: int) -> None:
-        progress((number * total + done) // 3, total)
-
-    return of_the_whole
