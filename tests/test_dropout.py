@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gpt_jax.config import MeshConfig
-from gpt_jax.model.dropout import dropout, keep_mask
+from gpt_jax.model.layers import dropout, keep_mask
 from gpt_jax.parallel.mesh import make_mesh, split_batch
 
 SHAPE = (16, 3, 64, 64)

@@ -1,7 +1,7 @@
 """Trees of parameters: initial values, shapes, names, counts, and the two layouts of the layers.
 
 Everywhere but inside the decoder the layers are stacked: "blocks" has one array for all layers, [L, ...]. The
-decoder has them unstacked, "block_0", "block_1" ... `unstack_layers` and `stack_layers` convert.
+decoder has them unstacked: "block_0", "block_1" ...
 """
 
 from typing import Any
@@ -37,13 +37,6 @@ def unstack_layers(params: Params) -> Params:
     return params | layers
 
 
-def stack_layers(params: Params) -> Params:
-    """The inverse of `unstack_layers`."""
-    names = sorted((name for name in params if name.startswith("block_")), key=lambda name: int(name[6:]))
-    others = {name: tree for name, tree in params.items() if name not in names}
-    return others | {"blocks": jax.tree.map(lambda *layers: jnp.stack(layers), *(params[n] for n in names))}
-
-
 def count_params(params: Params) -> int:
     """How many numbers the parameters hold."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -56,8 +49,22 @@ def name_leaves(tree: Any) -> dict[str, Any]:
 
 
 def with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    """Shape and type of an array, with a sharding."""
+    """The shape and type of an array, with a sharding."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def cast_matrices(params: Params, dtype: str) -> Params:
+    """Cast kernels and embeddings once, before a loop, instead of at each use."""
+    return jax.tree.map(lambda leaf, cast: leaf.astype(dtype) if cast else leaf, params, is_matrix(params))
+
+
+def is_matrix(params: Params) -> Params:
+    """True for kernels and embeddings, in the structure of `params`.
+
+    False for parameters of single channels: biases, norms, convolutions, x0 gates. The names decide, since
+    stacking the layers gives every array one more axis.
+    """
+    return jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
 
 
 def flops_per_token(config: ModelConfig, vocab_size: int) -> int:

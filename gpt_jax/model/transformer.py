@@ -1,37 +1,27 @@
 """The transformer: a decoder-only stack of blocks, GPT-2's by default.
 
-Shapes stand in names: `B` batch, `T` time, `S` time of the keys, `D` model width, `H` heads, `K` head width,
-`F` MLP width, `G` projections into the MLP (two for a gated one), `V` vocabulary, `L` layers, `W` width of
-the convolution. What GPT-2 does not have is in `options.py`.
+Embedding, head, block, attention and MLP from top to bottom. What GPT-2 does not have is in `options.py`, the
+KV cache in `cache.py`, what only a CPU needs in `cpu.py`, cuDNN's attention and sharding in `parallel/`.
 
-Sources: "Attention Is All You Need" (Vaswani et al. 2017); GPT-2 (Radford et al. 2019) for the order of norms
-and the scaled initialisation; SwiGLU (Shazeer 2020); squared ReLU (So et al. 2021, "Primer").
+Names end in shapes: `B` batch, `T` time, `S` time of the keys, `D` model width, `H` heads, `K` head width,
+`F` MLP width, `G` projections into the MLP (two for a gated one), `V` vocabulary, `L` layers.
+
+Sources: "Attention Is All You Need" (Vaswani et al. 2017); GPT-2 (Radford et al. 2019).
 """
 
-from contextlib import nullcontext
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import Mesh
 
 from gpt_jax.config import ModelConfig
-from gpt_jax.model.attention import CausalSelfAttention
+from gpt_jax.model import cpu, options
 from gpt_jax.model.cache import Cache, LayerCache
-from gpt_jax.model.dropout import dropout
-from gpt_jax.model.layers import (
-    compute_dtype,
-    make_embedding,
-    make_linear,
-    make_norm,
-    normal,
-    residual_std,
-)
-from gpt_jax.model.options import CausalConvolution, add_x0, bigram_ids, n_bigram_ids
-from gpt_jax.model.stack import stack
-from gpt_jax.parallel.devices import first_device, resolve_model
+from gpt_jax.model.layers import dropout, dropout_seeds, make_embedding, make_linear, make_norm, make_stack
+from gpt_jax.parallel.execution import Execution, attend_by_cudnn
 from gpt_jax.parallel.mesh import split_batch
 
 
@@ -41,16 +31,11 @@ class GPT(nn.Module):
     The parameters of the layers are stacked along a leading axis L, and one compiled layer runs L times
     (`nn.scan`). The model also takes unstacked parameters (`params.unstack_layers`): the decoder uses these,
     since slicing a layer out of the stack for each token takes longer than the token's arithmetic.
-
-    Attributes:
-        config: the shape of the model.
-        vocab_size: V.
-        mesh: the devices that a batch is split over; None leaves it to the compiler.
     """
 
     config: ModelConfig
-    vocab_size: int
-    mesh: Mesh | None = None
+    vocab_size: int  # V
+    execution: Execution  # how it is computed, from `resolve_execution`
 
     @nn.compact
     def __call__(
@@ -59,81 +44,61 @@ class GPT(nn.Module):
         cache: Cache | None = None,
         n_tokens: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
+        output: Callable[..., jax.Array] | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """Run the model.
+        """Logits, float32 [B, T, V], and the cache with these tokens added (None without one).
 
         Args:
             tokens_BxT: integer ids; T is at most `config.context`.
-            cache: KV cache of the earlier tokens; needs unstacked parameters. None: no earlier tokens.
-            n_tokens: with a cache, how many of the T tokens count; the rest is padding. None: all of them.
+            cache: of the earlier tokens; needs unstacked parameters. None: no earlier tokens.
+            n_tokens: with a cache, how many of the T tokens count (a scalar or int32 [B]); the rest is
+                padding. None: all of them.
             dropout_key: decides the dropout masks; None: no dropout.
-
-        Returns:
-            Logits, float32 [B, T, V], and the cache with these tokens added (None without one).
+            output: what to compute in place of the logits, from what `to_logits` takes: their loss, say.
         """
+        config, execution = self.config, self.execution
         # By default a TPU or GPU would round float32 factors to bfloat16 or TensorFloat-32.
-        exact = compute_dtype(self.config) == jnp.float32
-        with jax.default_matmul_precision("float32") if exact else nullcontext():
-            embed = make_embedding(self.config, self.vocab_size, "vocab", "token_embedding")
-            x_BxTxD, cache = self._run_blocks(embed(tokens_BxT), tokens_BxT, cache, n_tokens, dropout_key)
-            return self._logits(make_norm(self.config, "final_norm")(x_BxTxD), embed), cache
+        with jax.default_matmul_precision("float32" if execution.dtype == "float32" else None):
+            embed = make_embedding(config, execution, self.vocab_size, "vocab", "token_embedding")
+            x_BxTxD = embed(tokens_BxT)
+            positions_T = jnp.arange(tokens_BxT.shape[1]) + (0 if cache is None else cache.length)
+            if config.position == "learned":
+                positions = make_embedding(config, execution, config.context, "time", "position_embedding")
+                x_BxTxD += positions(positions_T[None] if cache is None else cache.positions(positions_T))
+            if config.bigram:
+                x_BxTxD += options.embed_bigrams(config, execution, tokens_BxT, cache, self.vocab_size)
+            seed_2, seeds_Lx2 = dropout_seeds(dropout_key, config.n_layer)
+            x_BxTxD = x0_BxTxD = split_batch(dropout(x_BxTxD, config.dropout, seed_2), execution.mesh)
 
-    def _run_blocks(
-        self, x_BxTxD: jax.Array, tokens_BxT: jax.Array, cache: Cache | None, n_tokens: Any, dropout_key: Any
-    ) -> tuple[jax.Array, Cache | None]:
-        """From the embedded tokens to the residual stream after the last block, and the cache."""
-        config = resolve_model(self.config, *first_device(self.mesh))
-        positions_T = jnp.arange(tokens_BxT.shape[1]) + (0 if cache is None else cache.length)
-        if config.position == "learned":
-            positions = make_embedding(config, config.context, "time", "position_embedding")
-            x_BxTxD += positions(positions_T)[None]
-        if config.bigram:
-            last_B = None if cache is None else cache.last_B
-            bigrams = make_embedding(
-                config, n_bigram_ids(self.vocab_size), "vocab", "bigram_embedding", std=0
-            )
-            x_BxTxD += bigrams(bigram_ids(tokens_BxT, last_B, self.vocab_size))
-        seed_2 = seeds_Lx2 = None
-        if dropout_key is not None:
-            # One draw for all layers: on a TPU each would cost dozens of small kernels.
-            seeds = jax.random.bits(dropout_key, (1 + config.n_layer, 2))
-            seed_2, seeds_Lx2 = seeds[0], seeds[1:]
-        x_BxTxD = split_batch(dropout(x_BxTxD, config.dropout, seed_2), self.mesh)
-
-        if not self.has_variable("params", "block_0"):
-            if cache is not None:
+            if self.has_variable("params", "block_0"):
+                layers: list[Any] = [None] * config.n_layer if cache is None else list(cache.layers)
+                for i in range(config.n_layer):
+                    seed_2 = None if seeds_Lx2 is None else seeds_Lx2[i]
+                    block = Block(config, execution, name=f"block_{i}")
+                    x_BxTxD, layers[i] = block(x_BxTxD, x0_BxTxD, positions_T, seed_2, layers[i], n_tokens)
+                cache = None if cache is None else cache.add(tokens_BxT, tuple(layers), n_tokens)
+            elif cache is None:
+                x_BxTxD, _ = make_stack(Block, config, execution)(x_BxTxD, x0_BxTxD, positions_T, seeds_Lx2)
+            else:
                 raise ValueError("a cache needs unstacked parameters: unstack_layers(params)")
-            return stack(Block, config, self.mesh)(x_BxTxD, x_BxTxD, positions_T, seeds_Lx2)[0], None
-        x0_BxTxD, layers = x_BxTxD, []
-        for i in range(config.n_layer):
-            seed_2 = None if seeds_Lx2 is None else seeds_Lx2[i]
-            layer = None if cache is None else cache.layers[i]
-            block = Block(config, self.mesh, name=f"block_{i}")
-            x_BxTxD, layer = block(x_BxTxD, x0_BxTxD, positions_T, seed_2, layer, n_tokens)
-            layers.append(layer)
-        return x_BxTxD, None if cache is None else cache.add(tokens_BxT, tuple(layers), n_tokens)
 
-    def _logits(self, x_BxTxD: jax.Array, embed: nn.Embed) -> jax.Array:
-        """The output head, float32 [B, T, V]: its sums are in float32 and stay unrounded."""
-        config, dtype = self.config, compute_dtype(self.config)
-        if config.tied_embedding:
-            embedding_VxD = embed.embedding.astype(dtype)
-            return jnp.dot(x_BxTxD, embedding_VxD.T, preferred_element_type=jnp.float32)
-        return nn.Dense(
-            self.vocab_size,
-            use_bias=False,
-            dtype=dtype,
-            dot_general=partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
-            kernel_init=normal(0.0 if config.zero_init else config.init_std, ("embed", "vocab")),
-            name="head",
-        )(x_BxTxD)
+            x_BxTxD = make_norm(config, execution, "final_norm")(x_BxTxD)
+            tied = config.tied_embedding
+            head_VxD = embed.embedding if tied else options.Head(config, self.vocab_size, name="head")()
+            return (output or to_logits)(execution, x_BxTxD, head_VxD), cache
+
+
+def to_logits(execution: Execution, x_BxTxD: jax.Array, head_VxD: jax.Array) -> jax.Array:
+    """The output head: logits, float32 [B, T, V]. Their sums are in float32 and stay unrounded."""
+    x_BxTxD, head_DxV = cpu.widen(execution, x_BxTxD, head_VxD.astype(execution.dtype).T)
+    return jnp.dot(x_BxTxD, head_DxV, preferred_element_type=jnp.float32)
 
 
 class Block(nn.Module):
     """One layer: attention, then an MLP, each added to the residual stream."""
 
     config: ModelConfig
-    mesh: Mesh | None = None
+    execution: Execution
 
     @nn.compact
     def __call__(
@@ -147,45 +112,114 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """The residual stream after this layer, [B, T, D], and this layer's cache.
 
-        Args:
-            x_BxTxD: the residual stream.
-            x0_BxTxD: the residual stream before the first layer.
-            positions_T: the positions of the tokens in the window.
-            seed_2: of the dropout masks, uint32 [2]; None: no dropout.
-            cache: of this layer; None: no earlier tokens.
-            n_tokens: as in `GPT`.
+        `x0_BxTxD` is the residual stream before the first layer; `seed_2`, uint32 [2], of the dropout masks.
         """
-        config = self.config
+        config, execution = self.config, self.execution
         if config.x0_residual:
-            gate_D = self.param("x0_residual", normal(0.0, ("embed",)), (config.d_model,))
-            x_BxTxD = add_x0(x_BxTxD, x0_BxTxD, gate_D)
-        attention = CausalSelfAttention(config, self.mesh, name="attention")
-        y_BxTxD, cache = attention(make_norm(config, "attention_norm")(x_BxTxD), positions_T, seed_2, cache)
-        x_BxTxD = split_batch(x_BxTxD + dropout(y_BxTxD, config.dropout, seed_2, 0), self.mesh)
-        y_BxTxD = make_norm(config, "mlp_norm")(x_BxTxD)
+            x_BxTxD = options.add_x0(self, x_BxTxD, x0_BxTxD)
+        attention = CausalSelfAttention(config, execution, name="attention")
+        y_BxTxD = make_norm(config, execution, "attention_norm")(x_BxTxD)
+        y_BxTxD, cache = attention(y_BxTxD, positions_T, seed_2, cache)
+        x_BxTxD = split_batch(x_BxTxD + dropout(y_BxTxD, config.dropout, seed_2, 0), execution.mesh)
+        y_BxTxD = make_norm(config, execution, "mlp_norm")(x_BxTxD)
         if config.conv_width:
-            y_BxTxD, cache = CausalConvolution(config, name="convolution")(y_BxTxD, cache, n_tokens)
-        y_BxTxD = MLP(config, name="mlp")(y_BxTxD)
-        return split_batch(x_BxTxD + dropout(y_BxTxD, config.dropout, seed_2, 1), self.mesh), cache
+            y_BxTxD, cache = options.CausalConvolution(config, name="convolution")(y_BxTxD, cache, n_tokens)
+        y_BxTxD = MLP(config, execution, name="mlp")(y_BxTxD)
+        return split_batch(x_BxTxD + dropout(y_BxTxD, config.dropout, seed_2, 1), execution.mesh), cache
+
+
+class CausalSelfAttention(nn.Module):
+    """Every token reads from itself and the tokens before it."""
+
+    config: ModelConfig
+    execution: Execution
+
+    @nn.compact
+    def __call__(
+        self, x_BxTxD: jax.Array, positions_T: jax.Array, seed_2: jax.Array | None, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """The attention output of each token, [B, T, D], and the cache with these tokens' keys and values."""
+        config, execution = self.config, self.execution
+        heads = (3, config.n_head, config.d_head)
+        qkv_BxTx3xHxK = make_linear(config, execution, heads, ("embed", None, "heads", None), "qkv")(x_BxTxD)
+        q_BxHxTxK, k_BxHxTxK, v_BxHxTxK = jnp.einsum("btchk->cbhtk", qkv_BxTx3xHxK)
+        positions_BxT = positions_T[None] if cache is None else cache.positions(positions_T)
+        q_BxHxTxK, k_BxHxTxK = options.norm_and_rotate(config, execution, q_BxHxTxK, k_BxHxTxK, positions_BxT)
+        rate = 0.0 if seed_2 is None else config.attention_dropout
+        if cache is not None:
+            cache = cache.add_keys(k_BxHxTxK, v_BxHxTxK, positions_T[0], execution)
+            mask_BxTxS = cache.mask(positions_T)
+            by_sums = execution.on_cpu and cpu.sums_are_faster(len(positions_T), cache.v_BxHxSxK.size)
+            attend_to_cache = cpu.attend_by_sums if by_sums else partial(attend, keys="bhks")
+            y_BxHxTxK = attend_to_cache(q_BxHxTxK, cache.k_BxHxKxS, cache.v_BxHxSxK, mask_BxTxS)
+        elif execution.attention == "cudnn" and rate == 0:
+            y_BxHxTxK = attend_by_cudnn(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK)
+        else:
+            mask_TxT = causal_mask(positions_T, len(positions_T))
+            attend_here = partial(attend, rate=rate, seed_2=seed_2)
+            if execution.query_blocks > 1:
+                attend_here = partial(cpu.attend_in_blocks, attend_here, execution.query_blocks)
+            y_BxHxTxK = attend_here(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, mask_TxT)
+        if cache is None and self.is_mutable_collection("intermediates"):  # somebody looks at the weights
+            mask_TxT = causal_mask(positions_T, len(positions_T))
+            self.sow("intermediates", "weights_BxHxTxS", attention_weights(q_BxHxTxK, k_BxHxTxK, mask_TxT))
+        axes = ("heads", None, "embed")
+        out = make_linear(config, execution, config.d_model, axes, "out", axis=(1, 3), residual=True)
+        return out(y_BxHxTxK), cache
+
+
+def causal_mask(positions_T: jax.Array, n_keys: int) -> jax.Array:
+    """Bool [T, S], true where a query at position p may read a key at a position up to p."""
+    return positions_T[:, None] >= jnp.arange(n_keys)[None, :]
+
+
+def attend(
+    q_BxHxTxK: jax.Array,
+    k_BxHxSxK: jax.Array,
+    v_BxHxSxK: jax.Array,
+    mask: jax.Array,
+    rate: float = 0.0,
+    seed_2: jax.Array | None = None,
+    block: int = 0,
+    keys: str = "bhsk",
+) -> jax.Array:
+    """Scaled dot-product attention: softmax(q k^T / sqrt(K)) v, [B, H, T, K] in the type of the queries.
+
+    A query reads the keys where the mask is true, [T, S] or [B, T, S]. `rate` and `seed_2` drop weights, each
+    `block` of queries with a mask of its own; `keys` is the order of the axes of the keys, which is another
+    in the cache.
+    """
+    # `jax.nn.dot_product_attention` cannot drop weights, and made a small model's step 8% slower on a CPU.
+    weights_BxHxTxS = attention_weights(q_BxHxTxK, k_BxHxSxK, mask, keys).astype(q_BxHxTxK.dtype)
+    weights_BxHxTxS = dropout(weights_BxHxTxS, rate, seed_2, 2 + block)  # masks 0 and 1 are those of `Block`
+    return jnp.einsum("bhts,bhsk->bhtk", weights_BxHxTxS, v_BxHxSxK)
+
+
+def attention_weights(
+    q_BxHxTxK: jax.Array, k_BxHxSxK: jax.Array, mask: jax.Array, keys: str = "bhsk"
+) -> jax.Array:
+    """How much each query reads of each key: float32 [B, H, T, S], each row sums to 1; as in `attend`."""
+    q_BxHxTxK = q_BxHxTxK * q_BxHxTxK.shape[-1] ** -0.5  # not in place: NumPy would change the caller's
+    axes = f"bhtk,{keys}->bhts"
+    scores_BxHxTxS = jnp.einsum(axes, q_BxHxTxK, k_BxHxSxK, preferred_element_type=jnp.float32)
+    mask_Bx1xTxS = mask.reshape(-1, 1, *mask.shape[-2:])
+    scores_BxHxTxS = jnp.where(mask_Bx1xTxS, scores_BxHxTxS, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(scores_BxHxTxS, axis=-1)
 
 
 class MLP(nn.Module):
     """Two linear layers with a non-linearity between them, applied to each token."""
 
     config: ModelConfig
+    execution: Execution
 
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         """[B, T, D] to [B, T, D]."""
-        config = self.config
+        config, execution = self.config, self.execution
         shape = (2 if config.activation == "swiglu" else 1, config.mlp_width)
-        h_BxTxGxF = make_linear(config, shape, ("embed", None, "mlp"), "up")(x_BxTxD)
-        match config.activation:
-            case "gelu":
-                h_BxTxF = nn.gelu(h_BxTxGxF[:, :, 0])
-            case "relu2":
-                h_BxTxF = jnp.square(nn.relu(h_BxTxGxF[:, :, 0]))
-            case "swiglu":
-                h_BxTxF = nn.silu(h_BxTxGxF[:, :, 0]) * h_BxTxGxF[:, :, 1]
-        down = make_linear(config, config.d_model, ("mlp", "embed"), "down", std=residual_std(config))
-        return down(h_BxTxF)
+        h_BxTxGxF = make_linear(config, execution, shape, ("embed", None, "mlp"), "up")(x_BxTxD)
+        is_gelu = config.activation == "gelu"
+        h_BxTxF = nn.gelu(h_BxTxGxF[:, :, 0]) if is_gelu else options.activate(config, h_BxTxGxF)
+        axes = ("mlp", "embed")
+        return make_linear(config, execution, config.d_model, axes, "down", residual=True)(h_BxTxF)

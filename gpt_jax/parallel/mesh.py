@@ -34,11 +34,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = jax.devices() if devices is None else devices
     n_other = config.fsdp * config.tensor
     shape = (config.data or max(len(devices) // n_other, 1), config.fsdp, config.tensor)
+    settings = f"mesh.data x mesh.fsdp x mesh.tensor = {' x '.join(map(str, shape))}"
     n_devices = math.prod(shape)
     if n_devices > len(devices):
         raise UserError(
-            f"mesh.data x mesh.fsdp x mesh.tensor = {' x '.join(map(str, shape))} needs {n_devices} "
-            f"devices, and there are {len(devices)}: choose smaller ones"
+            f"{settings} needs {n_devices} devices, and there are {len(devices)}: choose smaller ones"
         )
     try:
         # Split: an axis of the mesh may take a part of an axis of the TPU's torus.
@@ -46,8 +46,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     except (AssertionError, NotImplementedError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"mesh.data x mesh.fsdp x mesh.tensor = {' x '.join(map(str, shape))} cannot be laid out on "
-            f"these {len(devices)} devices ({reason}): choose powers of two that use all of them"
+            f"{settings} cannot be laid out on these {len(devices)} devices ({reason}): choose powers of two "
+            f"that use all of them"
         ) from None
     return Mesh(arranged, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
@@ -57,9 +57,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def platform_of(mesh: Mesh) -> str:
-    """The platform of the devices, as JAX names it: "cpu", "gpu", "tpu"."""
-    return mesh.devices.flat[0].platform
+def batch_axis_split(mesh: Mesh, axis: int) -> NamedSharding:
+    """Arrays whose axis number `axis` is a batch, split along it."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, dict(RULES)["batch"]))
 
 
 def count_shards(mesh: Mesh) -> int:
@@ -75,7 +75,14 @@ def split_batch(x: Any, mesh: Mesh | None) -> Any:
     """
     if mesh is None or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(dict(RULES)["batch"])))
+    return jax.lax.with_sharding_constraint(x, batch_axis_split(mesh, 0))
+
+
+def gather(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """The whole array on every device, such as a parameter before a loop; unchanged without a mesh."""
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, replicated(mesh))
 
 
 def param_shardings(mesh: Mesh, boxed_params: Any) -> Any:
