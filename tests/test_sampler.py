@@ -3,19 +3,18 @@ import re
 import jax
 import numpy as np
 import pytest
-from conftest import MODELS, NAMES, VOCAB, apply, make_params, small_model, some
+from conftest import MODELS, NAMES, VOCAB, apply, make_gpt, make_params, small_model, some
 from scipy import stats
 
 import gpt_jax.sampling.generate as sampler
 from gpt_jax.config import MeshConfig
 from gpt_jax.model.cache import empty_cache
+from gpt_jax.model.cpu import min_rows
 from gpt_jax.model.params import unstack_layers
-from gpt_jax.model.transformer import GPT
 from gpt_jax.parallel.mesh import make_mesh, replicated
 from gpt_jax.sampling.generate import (
     MANY_ROWS,
     SHORT_PROMPT,
-    _min_rows,
     decode,
     generate_tokens,
     prefill,
@@ -29,7 +28,7 @@ T = 8
 
 def make_model(**options):
     config = small_model(context=T, **options)
-    return GPT(config, VOCAB), make_params(config)
+    return make_gpt(config, VOCAB), make_params(config)
 
 
 def prompt_of(length, rows=1):
@@ -70,7 +69,7 @@ def test_a_cache_takes_several_tokens_at_a_time(pieces):
     params = unstack_layers(params)
     tokens_BxT = prompt_of(T, rows=2)
     full_BxTxV, _ = apply(model, params, tokens_BxT)
-    cache, start = empty_cache(model.config, VOCAB, 2), 0
+    cache, start = empty_cache(model.config, model.execution, VOCAB, 2), 0
     for size in pieces:
         part = tokens_BxT[:, start : start + size]
         logits, cache = apply(model, params, part, cache)
@@ -97,7 +96,7 @@ def naive_greedy(model, params, prompt, length, window):
 
 
 @pytest.mark.parametrize("window", ["half", "exact"])
-@pytest.mark.parametrize("name", ["gpt2", "modern"])
+@pytest.mark.parametrize("name", some("modern", "gpt2"))
 def test_generation_past_the_context_follows_its_definition(name, window):
     model, params = make_model(**MODELS[name])
     for prompt_length in (1, 3, T - 1, T, T + 1, 2 * T + 3):
@@ -107,7 +106,7 @@ def test_generation_past_the_context_follows_its_definition(name, window):
         assert got == wanted, f"prompt of {prompt_length}"
 
 
-@pytest.mark.parametrize("n_devices", [None, 1, 2])
+@pytest.mark.parametrize("n_devices", some(None, 1, 2, quick=2))
 def test_the_decoder_compiles_once(n_devices):
     """From the first token on, whether or not the parameters are bound to devices."""
     model, params = make_model(d_mlp=24 + 4 * (n_devices or 0))  # no other test has compiled it
@@ -131,15 +130,16 @@ def test_greedy_texts_differ_between_windows():
     assert texts[0] != texts[1]
 
 
+@pytest.mark.slow
 def test_many_texts_at_once_are_those_of_one_at_a_time(monkeypatch):
     """Their short prompt is read in a window of its own size, and their cache grows."""
     rooms = []
     decode = sampler.decode
     monkeypatch.setattr(
-        sampler, "decode", lambda *arguments: rooms.append(arguments[4].room) or decode(*arguments)
+        sampler, "decode", lambda *arguments: rooms.append(arguments[3].room) or decode(*arguments)
     )
     config = small_model(context=2 * SHORT_PROMPT + 2)
-    model, params = GPT(config, VOCAB), make_params(config)
+    model, params = make_gpt(config, VOCAB), make_params(config)
     prompts = prompt_of(3, MANY_ROWS)
     monkeypatch.setattr(sampler, "CHUNK", 4)
     texts = generate(model, params, prompts, config.context + 5)
@@ -152,11 +152,11 @@ def test_many_texts_at_once_are_those_of_one_at_a_time(monkeypatch):
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_token_copies_no_whole_cache(rows):
     model, params = make_model()
-    rows = max(rows, _min_rows())
+    rows = max(rows, min_rows())
     params = unstack_layers(params)
     prompt_BxT = prompt_of(3, rows)
     cache = prefill(model, params, prompt_BxT, np.int32(3))
-    arguments = (model, 4, params, prompt_BxT[:, 0], cache, make_rules(), KEY, np.int32(3))
+    arguments = (model, params, prompt_BxT[:, 0], cache, make_rules(), KEY, np.arange(3, 7))
     program = decode.lower(*arguments).compile().as_text()
     of_a_cache = {",".join(map(str, x.shape)) for x in (cache.layers[0].k_BxHxKxS, cache.layers[0].v_BxHxSxK)}
     copied = re.findall(r"= f32\[([0-9,]+)\]\S* copy\(", program)
@@ -173,7 +173,7 @@ def test_windows_are_contiguous_and_long_enough(context):
 @pytest.mark.parametrize("context", some(1, 2, 5))
 def test_odd_contexts_generate(context):
     config = small_model(context=context)
-    model = GPT(config, VOCAB)
+    model = make_gpt(config, VOCAB)
     params = make_params(config)
     assert generate(model, params, prompt_of(2), 40).shape == (1, 40)
 
@@ -190,14 +190,17 @@ def test_a_text_does_not_depend_on_how_its_generation_is_cut(window):
 
 
 @pytest.mark.parametrize("window", ["half", "exact"])
-def test_what_no_window_reaches_need_not_be_given(window):
+def test_what_no_window_reaches_changes_nothing(window):
+    """But how many tokens there are before decides the window and the key of each token."""
     model, params = make_model()
     rules = make_rules(temperature=1.5)
-    for length in (T, T + 1, 2 * T, 3 * T + 2):
+    for length in (T + 1, 2 * T, 3 * T + 2):
         prompt = prompt_of(length)
         whole = generate(model, params, prompt, 40, rules, window=window)
-        pieces = generate_tokens(model, params, prompt[:, -T:], 40, rules, KEY, window, n_before=length - T)
-        assert np.concatenate(list(pieces), axis=1).tolist() == whole.tolist(), f"prompt of {length}"
+        others = np.concatenate([(prompt[:, :-T] + 1) % VOCAB, prompt[:, -T:]], axis=1)
+        assert generate(model, params, others, 40, rules, window=window).tolist() == whole.tolist()
+        shorter = generate(model, params, prompt[:, -T:], 40, rules, window=window)
+        assert shorter.tolist() != whole.tolist(), f"prompt of {length}"
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it():

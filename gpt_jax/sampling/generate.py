@@ -12,28 +12,34 @@ every token.
 
 Token n of a text is drawn with the key fold_in(key, n), and its window depends on n alone. So the text does
 not depend on the chunks that it is generated in: 10 tokens and then 10 more are the same as 20.
+
+Prompts of unequal lengths are read from the left; then their keys and values move to the right, so that all
+rows write the next token to the same place of the cache. A row whose window shrinks is read again by itself,
+and takes its place among the others.
 """
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from gpt_jax.model import cpu
 from gpt_jax.model.cache import Cache, empty_cache
-from gpt_jax.model.layers import Params, cast_matrices
+from gpt_jax.model.layers import Params
 from gpt_jax.model.params import unstack_layers
 from gpt_jax.model.transformer import GPT
-from gpt_jax.sampling.rules import SamplingRules, draw
+from gpt_jax.sampling.decode import Drawn, decode, decode_exact, prefill
+from gpt_jax.sampling.rules import SamplingRules
 
 CHUNK = 32  # about how many tokens one call generates
-MANY_ROWS = 8  # from so many texts on, padding and empty places of the cache cost more than compiling
+MANY_ROWS = 8  # from this many texts on, padding and unused cache cost more than compiling again
 SHORT_PROMPT = 16  # many texts read a prompt of up to so many tokens without more padding
 CACHE_SIZES = 4  # for many texts; the attention of each token reads the whole cache, filled or not
 WINDOWS = ("half", "exact")
+
+Prompts = np.ndarray | Sequence[np.ndarray]  # [B, P], or B arrays of unequal lengths
 
 
 def window_start(n: int, context: int) -> int:
@@ -58,116 +64,184 @@ def chunk_length(context: int) -> int:
 def generate_tokens(
     model: GPT,
     params: Params,
-    prompt_BxP: np.ndarray,
+    prompts: Prompts,
     length: int,
     rules: SamplingRules,
     key: jax.Array,
     window: str = "half",
-    n_before: int = 0,
 ) -> Iterator[np.ndarray]:
-    """Continue each of B prompts of equal length, all at once.
+    """The tokens alone of `generate_pieces`: int32 [B, n] arrays, `length` tokens in all."""
+    return (p.tokens_BxN for p in generate_pieces(model, params, prompts, length, rules, key, window))
 
-    Args:
-        model: the model.
-        params: its parameters, stacked.
-        prompt_BxP: int32 ids; P is 1 or more and may exceed the context.
-        length: how many tokens to generate for each prompt.
-        rules: how to draw.
-        key: the random stream.
-        window: "half" or "exact", as above.
-        n_before: tokens before the prompts that were left out. None of them is seen, if P is the context or
-            more, but the window and the key of a token depend on its number.
+
+def generate_pieces(
+    model: GPT,
+    params: Params,
+    prompts: Prompts,
+    length: int,
+    rules: SamplingRules,
+    key: jax.Array,
+    window: str = "half",
+) -> Iterator[Drawn]:
+    """Continue each of B prompts, 1 or more tokens each, all at once.
+
+    Prompts of unequal lengths have their own windows, as if each text were alone. The parameters are stacked;
+    `window` is "half" or "exact", as above.
 
     Yields:
-        int32 [B, n] arrays as they are ready, `length` tokens in all.
+        Pieces as they are ready, `length` tokens in all.
     """
     context = model.config.context
     params = _unstack(params)  # once: it takes as long as a few tokens
     # A program is compiled for where its arguments are. What may be anywhere, as the parameters of an
     # exported model, is bound to its place, like the results of programs: otherwise `decode` compiles twice.
     params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, params))
-    pieces_of = _half_pieces if window == "half" else _exact_pieces
-    n = n_before + prompt_BxP.shape[1]
-    end = n + length
-    recent_BxR = np.asarray(prompt_BxP, np.int32)[:, -context:]  # no window reaches further back
-    while n < end:
-        # Each round generates what fits into one window; the next starts from the tokens alone.
-        for piece_BxC in pieces_of(model, params, recent_BxR, n, end, rules, key):
-            n += piece_BxC.shape[1]
-            recent_BxR = np.concatenate([recent_BxR, piece_BxC], axis=1)[:, -context:]
-            yield piece_BxC
+    n_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    # No window reaches further back than R tokens. The newest are on the right, so that all rows grow there.
+    recent_BxR = np.zeros((len(n_B), min(int(n_B.max()), context)), np.int32)
+    for row_R, prompt in zip(recent_BxR, prompts, strict=True):
+        newest = prompt[-len(row_R) :]
+        row_R[len(row_R) - len(newest) :] = newest
+    seen_BxV = None if rules.repetition_penalty is None else _seen(prompts, model.vocab_size)
+    is_equal, n_left = (n_B == n_B[0]).all(), length
+    while n_left:
+        # Each round generates what fits into one window, and the next starts from the tokens alone; of
+        # prompts of unequal lengths, one round generates all.
+        round_ = _exact_pieces if window == "exact" else _pieces if is_equal else _unequal_pieces
+        for piece in round_(model, params, recent_BxR, n_B, n_left, (rules, key, seen_BxV)):
+            n_B, n_left = n_B + piece.tokens_BxN.shape[1], n_left - piece.tokens_BxN.shape[1]
+            recent_BxR = np.concatenate([recent_BxR, piece.tokens_BxN], axis=1)[:, -context:]
+            if seen_BxV is not None:
+                np.put_along_axis(seen_BxV, piece.tokens_BxN, True, axis=1)
+            yield piece
 
 
-def _half_pieces(
-    model: GPT,
-    params: Params,
-    recent_BxR: np.ndarray,
-    n: int,
-    end: int,
-    rules: SamplingRules,
-    key: jax.Array,
-) -> Iterator[np.ndarray]:
-    """The tokens from number n on, until number `end`, or until the window shrinks."""
-    context, chunk, rows = model.config.context, chunk_length(model.config.context), len(recent_BxR)
-    filled = n - window_start(n, context)
-    window_BxT = np.zeros((max(rows, _min_rows()), filled), np.int32)
-    window_BxT[:rows] = recent_BxR[:, -filled:]
-    token_B = jax.device_put(window_BxT[:, -1], _place(params))
-    cache = _read_all(model, params, window_BxT[:, :-1])
+def _seen(prompts: Prompts, vocab_size: int) -> np.ndarray:
+    """Which tokens each prompt has: bool [B, V]."""
+    seen_BxV = np.zeros((len(prompts), vocab_size), bool)
+    for seen_V, prompt in zip(seen_BxV, prompts, strict=True):
+        seen_V[prompt] = True
+    return seen_BxV
 
-    count = min(context + 1 - filled, end - n)  # with more tokens, the window would be too long
-    before_BxC = None
+
+def _left_aligned(recent_BxR: np.ndarray, filled_B: np.ndarray, n_time: int) -> np.ndarray:
+    """The newest `filled_B` tokens of each row, each row from column 0 on, and zeros: int32 [B, n_time]."""
+    window_BxT = np.zeros((len(filled_B), n_time), np.int32)
+    for window_T, row_R, filled in zip(window_BxT, recent_BxR, filled_B, strict=True):
+        window_T[:filled] = row_R[len(row_R) - filled :]
+    return window_BxT
+
+
+def _numbers(n_B: np.ndarray, chunk: int) -> np.ndarray:
+    """The numbers of the next tokens: int32 [C], or [C, B] where rows differ."""
+    numbers_CxB = n_B[None] + np.arange(chunk, dtype=np.int32)[:, None]
+    return numbers_CxB[:, 0] if (n_B == n_B[0]).all() else numbers_CxB
+
+
+def _pieces(
+    model: GPT, params: Params, recent_BxR: np.ndarray, n_B: np.ndarray, n_left: int, how: Any
+) -> Iterator[Drawn]:
+    """At most `n_left` tokens of rows of equal lengths, until the window shrinks."""
+    context, chunk, rows = model.config.context, chunk_length(model.config.context), len(n_B)
+    rules, key, seen_BxV = how
+    more = max(rows, cpu.min_rows() if model.execution.on_cpu else 1) - rows
+    if more:  # rows that nobody reads
+        recent_BxR, n_B = np.pad(recent_BxR, ((0, more), (0, 0))), np.pad(n_B, (0, more), mode="edge")
+        seen_BxV = None if seen_BxV is None else np.pad(seen_BxV, ((0, more), (0, 0)))
+    filled_B, (token_B, cache) = _filled(n_B, context), _begin(model, params, recent_BxR, n_B, seen_BxV)
+    filled = int(filled_B[0])
+    count = min(context + 1 - filled, n_left)  # with more tokens, the window would be too long
+    before = None
     for done in range(0, count, chunk):
         room = _room(context, rows, filled - 1 + done + chunk)
         if room > cache.room:
             cache = _enlarge(cache, room)
-        token_B, cache, drawn_BxC = decode(
-            model, chunk, params, token_B, cache, rules, key, np.int32(n + done)
-        )
+        token_B, cache, drawn = decode(model, params, token_B, cache, rules, key, _numbers(n_B + done, chunk))
         # Read a chunk only when the next one is under way, so that the device always has work.
-        if before_BxC is not None:
-            yield np.asarray(before_BxC)[:rows]
-        before_BxC = drawn_BxC
+        if before is not None:
+            yield jax.tree.map(lambda x_BxC: np.asarray(x_BxC)[:rows], before)
+        before = drawn
     # What the last chunk draws beyond the count is dropped.
-    yield np.asarray(before_BxC)[:rows, : count - done]
+    yield jax.tree.map(lambda x_BxC: np.asarray(x_BxC)[:rows, : count - done], before)
+
+
+def _begin(
+    model: GPT, params: Params, recent_BxR: np.ndarray, n_B: np.ndarray, seen_BxV: np.ndarray | None
+) -> tuple[jax.Array, Cache]:
+    """The last token of each row, and the cache with those before it in its window."""
+    token_B = jax.device_put(recent_BxR[:, -1], _place(params))
+    cache = _read_all(model, params, recent_BxR[:, :-1], _filled(n_B, model.config.context) - 1)
+    if seen_BxV is not None:
+        cache = cache.replace(seen_BxV=jax.device_put(seen_BxV.copy(), _place(params)))
+    return token_B, cache
+
+
+def _filled(n_B: np.ndarray, context: int) -> np.ndarray:
+    """How many tokens the window has from which token n of each row is predicted: int32 [B]."""
+    return np.array([n - window_start(n, context) for n in n_B.tolist()], np.int32)
+
+
+def _unequal_pieces(
+    model: GPT, params: Params, recent_BxR: np.ndarray, n_B: np.ndarray, n_left: int, how: Any
+) -> Iterator[Drawn]:
+    """`n_left` tokens of rows of unequal lengths. A row whose window shrinks is read again by itself."""
+    context, (rules, key, seen_BxV) = model.config.context, how
+    chunk, filled_B = chunk_length(context), _filled(n_B, context)
+    token_B, cache = _begin(model, params, recent_BxR, n_B, seen_BxV)
+    cache = _align(_enlarge(cache, context), filled_B - 1)
+    while n_left:
+        count = min(context + 1 - int(filled_B.max()), n_left)
+        # No token more is drawn than all windows can take: their keys and values are needed afterwards.
+        for size in [chunk] * (count // chunk) + [1] * (count % chunk):
+            token_B, cache, drawn = decode(model, params, token_B, cache, rules, key, _numbers(n_B, size))
+            piece = jax.tree.map(np.asarray, drawn)
+            recent_BxR = np.concatenate([recent_BxR, piece.tokens_BxN], axis=1)[:, -context:]
+            n_B = n_B + size
+            yield piece
+        n_left, before_B, filled_B = n_left - count, filled_B + count, _filled(n_B, context)
+        for row in np.flatnonzero(filled_B < before_B) if n_left else ():
+            again = _read_all(model, params, recent_BxR[[row], :-1], filled_B[[row]] - 1, context)
+            cache = _replace_row(cache, row, again, filled_B - 1)
 
 
 def _exact_pieces(
-    model: GPT,
-    params: Params,
-    recent_BxR: np.ndarray,
-    n: int,
-    end: int,
-    rules: SamplingRules,
-    key: jax.Array,
-) -> Iterator[np.ndarray]:
-    """The next chunk of tokens, or those until number `end`, each from a forward pass over a whole window."""
-    window_BxT = np.zeros((len(recent_BxR), model.config.context), np.int32)
-    window_BxT[:, : recent_BxR.shape[1]] = recent_BxR
-    yield np.asarray(decode_exact(model, params, window_BxT, rules, key, np.int32(n)))[:, : end - n]
+    model: GPT, params: Params, recent_BxR: np.ndarray, n_B: np.ndarray, n_left: int, how: Any
+) -> Iterator[Drawn]:
+    """The next `CHUNK` tokens of each row, or `n_left`, each from the last T before it."""
+    context, (rules, key, seen_BxV) = model.config.context, how
+    window_BxT = _left_aligned(recent_BxR, np.minimum(n_B, context), context)
+    seen_BxV = None if seen_BxV is None else seen_BxV.copy()
+    drawn = decode_exact(model, params, window_BxT, rules, key, _numbers(n_B, CHUNK), seen_BxV)
+    yield jax.tree.map(lambda x_BxC: np.asarray(x_BxC)[:, :n_left], drawn)
 
 
-def _read_all(model: GPT, params: Params, tokens_BxT: np.ndarray) -> Cache:
-    """The cache with T tokens, fewer than the context, or none at all, and room for a chunk more."""
-    context, (rows, length) = model.config.context, tokens_BxT.shape
-    room = _room(context, rows, length + chunk_length(context))
+def _read_all(
+    model: GPT, params: Params, recent_BxR: np.ndarray, n_tokens_B: np.ndarray, room: int = 0
+) -> Cache:
+    """The cache with the newest tokens of each row, fewer than the context, and room (0: for a chunk).
+
+    Rows of unequal lengths begin at place 0: see `Cache.align`.
+    """
+    context, rows, length = model.config.context, len(n_tokens_B), int(n_tokens_B.max())
+    room = room or _room(context, rows, length + chunk_length(context))
     if length == 0:
-        return jax.device_put(_empty_cache(model.config, model.vocab_size, rows, room), _place(params))
+        empty = _empty_cache(model.config, model.execution, model.vocab_size, rows, room)
+        return jax.device_put(empty, _place(params))
     # Few shapes are compiled, not one for each length: half a context, and a whole one. With many texts at
     # once, the padding of a short prompt would take as long as dozens of tokens: it has a shape of its own.
     half = max(context // 2, 1)
     shapes = (half, context) if rows < MANY_ROWS else (min(SHORT_PROMPT, half), half, context)
     n_time = next(shape for shape in shapes if length <= shape)
-    padded_BxT = np.pad(tokens_BxT, ((0, 0), (0, n_time - length)))
-    return prefill(model, params, padded_BxT, np.int32(length), max(room, _room(context, rows, n_time)))
+    tokens_BxT, is_equal = _left_aligned(recent_BxR, n_tokens_B, n_time), (n_tokens_B == length).all()
+    n_tokens = np.int32(length) if is_equal else n_tokens_B
+    return prefill(model, params, tokens_BxT, n_tokens, max(room, _room(context, rows, n_time)))
 
 
 def _place(params: Params) -> Sharding:
     """Where `decode` finds its first arguments: as its results, on each device that has parameters."""
     sharding = jax.tree.leaves(params)[0].sharding
-    if isinstance(sharding, NamedSharding):
-        return NamedSharding(sharding.mesh, PartitionSpec())
-    return sharding
+    is_named = isinstance(sharding, NamedSharding)
+    return NamedSharding(sharding.mesh, PartitionSpec()) if is_named else sharding
 
 
 def _room(context: int, rows: int, needed: int) -> int:
@@ -177,103 +251,8 @@ def _room(context: int, rows: int, needed: int) -> int:
     return next((size for size in sizes if needed <= size), context)
 
 
-@partial(jax.jit, static_argnums=(0, 4))
-def prefill(
-    model: GPT, params: Params, tokens_BxT: jax.Array, length: jax.Array, room: int | None = None
-) -> Cache:
-    """Read the first `length` of T tokens in one pass; the rest is padding and has no effect.
-
-    Args:
-        model: the model.
-        params: its parameters, unstacked.
-        tokens_BxT: integer ids.
-        length: int32 scalar, 1 or more.
-        room: how many tokens the cache can hold; None: the context.
-    """
-    empty = empty_cache(model.config, model.vocab_size, tokens_BxT.shape[0], room)
-    # No layer looks ahead, and the padding's keys are overwritten before the mask shows them.
-    return _read(model, params, tokens_BxT, empty, length)[1]
-
-
-@partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache")
-def decode(
-    model: GPT,
-    n_tokens: int,
-    params: Params,
-    token_B: jax.Array,
-    cache: Cache,
-    rules: SamplingRules,
-    key: jax.Array,
-    position: jax.Array,
-) -> tuple[jax.Array, Cache, jax.Array]:
-    """`n_tokens` times: read a token, and draw the next.
-
-    Args:
-        model: the model.
-        n_tokens: C, how many to draw.
-        params: its parameters, unstacked.
-        token_B: int32, the last token of each text, which is not in the cache yet.
-        cache: with the tokens before it. It is donated.
-        rules: how to draw.
-        key: the random stream.
-        position: int32 scalar, the number of the first token to draw.
-
-    Returns:
-        The last token drawn, the cache with those before it, and the tokens, int32 [B, C].
-    """
-
-    def step(carry: tuple[jax.Array, Cache], index: jax.Array) -> tuple[Any, jax.Array]:
-        token_B, cache = carry
-        logits_Bx1xV, cache = _read(model, matrices, token_B[:, None], cache)
-        token_B = draw(_keys(key, index, len(token_B)), logits_Bx1xV[:, 0], rules)
-        return (token_B, cache), token_B
-
-    matrices = cast_matrices(model.config, params)
-    indices = position + jnp.arange(n_tokens)
-    (token_B, cache), tokens_CxB = jax.lax.scan(step, (token_B, cache), indices)
-    return token_B, cache, tokens_CxB.T
-
-
-@partial(jax.jit, static_argnums=0)
-def decode_exact(
-    model: GPT,
-    params: Params,
-    window_BxT: jax.Array,
-    rules: SamplingRules,
-    key: jax.Array,
-    position: jax.Array,
-) -> jax.Array:
-    """`CHUNK` tokens, each from its own forward pass over the last T of the `position` tokens before it."""
-    batch_size, context = window_BxT.shape
-
-    def step(window_BxT: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        filled = jnp.minimum(index, context)
-        logits_BxTxV, _ = model.apply({"params": matrices}, window_BxT)
-        token_B = draw(_keys(key, index, batch_size), logits_BxTxV[:, filled - 1], rules)
-        full_BxT = jnp.roll(window_BxT, -1, axis=1).at[:, -1].set(token_B)
-        room_BxT = window_BxT.at[:, filled].set(token_B, mode="drop")
-        return jnp.where(index < context, room_BxT, full_BxT), token_B
-
-    matrices = cast_matrices(model.config, params)
-    _, tokens_CxB = jax.lax.scan(step, window_BxT, position + jnp.arange(CHUNK))
-    return tokens_CxB.T
-
-
-def _read(model: GPT, params: Params, tokens_BxT: jax.Array, cache: Cache, *n_tokens: Any) -> Any:
-    return model.apply({"params": params}, tokens_BxT, cache, *n_tokens)
-
-
 _unstack = jax.jit(unstack_layers)
 _enlarge = jax.jit(Cache.enlarge, static_argnums=1)
-_empty_cache = jax.jit(empty_cache, static_argnums=(0, 1, 2, 3))
-
-
-def _min_rows() -> int:
-    """On a CPU, XLA of jax 0.9 multiplies one row by a matrix four to eight times slower than two rows."""
-    return 2 if jax.default_backend() == "cpu" and jax.__version_info__ < (0, 10) else 1
-
-
-def _keys(key: jax.Array, index: jax.Array, batch_size: int) -> jax.Array:
-    """A key for each row of token `index`; a row's does not depend on how many rows there are."""
-    token_key = jax.random.fold_in(key, index)
-    return jax.vmap(partial(jax.random.fold_in, token_key))(jnp.arange(batch_size))
+_align = jax.jit(Cache.align)
+_replace_row = jax.jit(Cache.replace_row, donate_argnums=0)
+_empty_cache = jax.jit(empty_cache, static_argnums=(0, 1, 2, 3, 4))
