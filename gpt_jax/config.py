@@ -5,32 +5,20 @@ A config file (`configs/*.py`) returns an `ml_collections.ConfigDict`, which the
 """
 
 import dataclasses
-import difflib
 import json
 import math
-from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 import ml_collections
+from flax.traverse_util import flatten_dict
 
+from gpt_jax.checks import MAX_UNROLLED, build, check_divides, check_range, unknown_setting
 from gpt_jax.errors import UserError
 
-MAX_INT = 2**32  # no integer setting makes sense above this
-MAX_UNROLLED = 64  # largest number of copies that a loop in the model's code may compile to
+MAX_WINDOWS = 2**31  # windows of a run are numbered with 32 bits
 Dtype = Literal["float32", "bfloat16"]  # of the activations
-
-# Old names of settings. Using one is an error that names the new one; stored runs are migrated when read.
-RENAMED = {
-    "model.embedding_skip": "model.x0_residual",
-    "optimizer.final_fraction": "optimizer.min_lr_ratio",
-    "optimizer.skip_above": "optimizer.skip_grad_norm_factor",
-    "train.accumulate": "train.grad_accum_steps",
-}
-
-
-class UnknownSettingError(UserError):
-    """A setting, or a choice for one, that does not exist."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +69,11 @@ class ModelConfig:
         return 4 * self.d_model
 
     def __post_init__(self) -> None:
-        _positive(
-            self, "model", "n_layer", "n_head", "d_model", "context", "rope_base", "init_std", "query_blocks"
-        )
-        _not_negative(self, "model", "d_mlp", "conv_width")
-        _at_most(MAX_UNROLLED, self, "model", "conv_width", "query_blocks")
-        _fraction(self, "model", "dropout", "attention_dropout")
+        check_range(self, "model", "be above 0", "n_layer", "n_head", "d_model", "context")
+        check_range(self, "model", "be above 0", "rope_base", "init_std", "query_blocks")
+        check_range(self, "model", "be 0 or above", "d_mlp", "conv_width")
+        check_range(self, "model", f"be {MAX_UNROLLED} or below", "conv_width", "query_blocks")
+        check_range(self, "model", "lie in [0, 1)", "dropout", "attention_dropout")
         if self.d_model % self.n_head:
             raise UserError(
                 f"model.d_model = {self.d_model} cannot be divided among model.n_head = {self.n_head} "
@@ -101,10 +88,18 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The text, split by position: its first part trains, the rest validates."""
+    """The text, split by position: the first part for training, the rest for validation."""
 
-    path: str = ""  # a UTF-8 text file; empty: tiny Shakespeare, artifacts/input.txt
+    # A UTF-8 text file, a .jsonl file (field "text"), either as .gz or .zst; a folder or a pattern of such
+    # files; or token files. Empty: tiny Shakespeare, artifacts/input.txt.
+    path: str = ""
+    # "char", "byte", "gpt2", "bpe:8192" (trained on the text), or the path of a tokenizer.json; empty: that
+    # of the token files, or else "char".
+    tokenizer: str = ""
     train_fraction: float = 0.9
+    # Where the tokens of the training split are. "device": all on the device; "host": batches are read from
+    # files while the device computes. The batches are the same. "auto": on the device up to 64 MiB.
+    batches: Literal["auto", "device", "host"] = "auto"
 
     def __post_init__(self) -> None:
         if not 0 < self.train_fraction < 1:
@@ -127,23 +122,16 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # decoupled; adamw: of all matrices, muon: of the matrices of the blocks
     clip_norm: float = 1.0  # clip the gradient to this global norm; 0: no clipping
-    # Skip an update whose gradient norm is above this many times the median of the last 64; 0: never.
-    skip_grad_norm_factor: float = 0.0
-    # Decay of an exponential moving average (EMA) of the parameters, for constant learning rates; 0: none.
-    ema_decay: float = 0.0
     muon_learning_rate: float = 0.02  # muon: peak for the matrices of the blocks; AdamW updates the rest
     muon_momentum: float = 0.95
     embedding_decay: float = 0.0  # muon: weight decay of the embeddings and the head
 
     def __post_init__(self) -> None:
-        _positive(self, "optimizer", "learning_rate", "eps", "muon_learning_rate")
-        _not_negative(
-            self, "optimizer", "warmup_steps", "weight_decay", "embedding_decay", "clip_norm",
-            "skip_grad_norm_factor",
-        )  # fmt: skip
-        _fraction(self, "optimizer", "b1", "b2", "ema_decay", "muon_momentum")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise UserError(f"optimizer.min_lr_ratio = {self.min_lr_ratio} must lie in [0, 1]")
+        check_range(self, "optimizer", "be above 0", "learning_rate", "eps", "muon_learning_rate")
+        check_range(self, "optimizer", "be 0 or above", "warmup_steps", "clip_norm")
+        check_range(self, "optimizer", "be 0 or above", "weight_decay", "embedding_decay")
+        check_range(self, "optimizer", "lie in [0, 1)", "b1", "b2", "muon_momentum")
+        check_range(self, "optimizer", "lie in [0, 1]", "min_lr_ratio")
 
 
 @dataclass(frozen=True)
@@ -154,7 +142,8 @@ class TrainConfig:
     batch_size: int = 64  # B: windows in one update
     # Gradient accumulation: micro-batches in one update. 0: one on a GPU or TPU; on a CPU micro-batches of
     # about 1,024 tokens, which need less memory and, since they fit its caches, less time. A run keeps the
-    # number that it began with, because each micro-batch has its own dropout masks.
+    # number that it began with, because each micro-batch has its own dropout masks, unless it resumes on
+    # devices that cannot share such micro-batches equally.
     grad_accum_steps: int = 0
     eval_every: int = 250  # steps between evaluations
     # Evaluate on the first `eval_tokens` tokens of the validation split; at the end of the run, the last and
@@ -167,8 +156,10 @@ class TrainConfig:
     tensorboard: bool = False  # also write TensorBoard events: pip install -e '.[tensorboard]'
 
     def __post_init__(self) -> None:
-        _positive(self, "train", "steps", "batch_size", "eval_every", "log_every", "save_minutes")
-        _not_negative(self, "train", "grad_accum_steps", "sample_length", "eval_tokens", "patience")
+        check_range(self, "train", "be above 0", "steps", "batch_size")
+        check_range(self, "train", "be above 0", "eval_every", "log_every", "save_minutes")
+        check_range(self, "train", "be 0 or above", "grad_accum_steps", "sample_length")
+        check_range(self, "train", "be 0 or above", "eval_tokens", "patience")
         if self.eval_tokens == 1:
             raise UserError("train.eval_tokens = 1 must be 2 or more, since the first token is not predicted")
         if self.grad_accum_steps and self.batch_size % self.grad_accum_steps:
@@ -187,8 +178,8 @@ class MeshConfig:
     tensor: int = 1  # split attention heads and MLP channels
 
     def __post_init__(self) -> None:
-        _not_negative(self, "mesh", "data")
-        _positive(self, "mesh", "fsdp", "tensor")
+        check_range(self, "mesh", "be 0 or above", "data")
+        check_range(self, "mesh", "be above 0", "fsdp", "tensor")
 
 
 @dataclass(frozen=True)
@@ -210,12 +201,18 @@ class Config:
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} is longer than the run: "
                 f"train.steps = {self.train.steps}"
             )
+        windows = self.train.steps * self.train.batch_size
+        if windows >= MAX_WINDOWS:
+            raise UserError(
+                f"train.steps x train.batch_size = {windows:,} windows must be below {MAX_WINDOWS:,}: "
+                f"train.steps can be {(MAX_WINDOWS - 1) // self.train.batch_size:,} at most"
+            )
         shards = max(self.mesh.data, 1) * self.mesh.fsdp
         devices = f"mesh.data x mesh.fsdp = {shards} devices"
         check_batch_split(self.train, shards, devices, "or smaller values of these two")
-        _divides(self.mesh.fsdp, "mesh.fsdp", self.model.d_model, "model.d_model")
-        _divides(self.mesh.tensor, "mesh.tensor", self.model.n_head, "model.n_head")
-        _divides(self.mesh.tensor, "mesh.tensor", self.model.mlp_width, "the MLP width, model.d_mlp")
+        check_divides(self.mesh.fsdp, "mesh.fsdp", self.model.d_model, "model.d_model")
+        check_divides(self.mesh.tensor, "mesh.tensor", self.model.n_head, "model.n_head")
+        check_divides(self.mesh.tensor, "mesh.tensor", self.model.mlp_width, "the MLP width, model.d_mlp")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any] | ml_collections.ConfigDict) -> "Config":
@@ -226,12 +223,7 @@ class Config:
         """
         if isinstance(values, ml_collections.ConfigDict):
             values = values.to_dict()
-        return _build(cls, values, prefix="")
-
-    @classmethod
-    def from_json(cls, text: str) -> "Config":
-        """The inverse of `to_json`."""
-        return cls.from_dict(json.loads(text))
+        return build(cls, values)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries of plain values."""
@@ -247,16 +239,10 @@ class Config:
 
 
 def check_batch_split(train: TrainConfig, n_shards: int, devices: str, advice: str) -> None:
-    """Check that devices can share a micro-batch equally.
-
-    Args:
-        train: the settings.
-        n_shards: how many devices.
-        devices: the same in words.
-        advice: how to use fewer.
+    """Check that `n_shards` devices can share a micro-batch equally.
 
     Raises:
-        UserError: they cannot.
+        UserError: they cannot. It names them as `devices`, and ends with `advice` on how to use fewer.
     """
     batch_size, n_steps = train.batch_size, max(train.grad_accum_steps, 1)
     if batch_size // n_steps % n_shards == 0:
@@ -275,94 +261,26 @@ def check_batch_split(train: TrainConfig, n_shards: int, devices: str, advice: s
 
 def flatten(config: Config) -> dict[str, Any]:
     """`{"model.n_layer": 6, ...}`: the settings by their names on the command line."""
-    flat: dict[str, Any] = {}
-    for key, value in config.to_dict().items():
-        if isinstance(value, dict):
-            flat.update({f"{key}.{name}": inner for name, inner in value.items()})
-        else:
-            flat[key] = value
-    return flat
+    return dict(flatten_dict(config.to_dict(), sep="."))
 
 
-def unknown_setting(prefix: str, key: str, known: Iterable[str]) -> UnknownSettingError:
-    """An error that names the nearest known setting, or the new name of an old one.
+def parse_setting(name: str, text: str) -> Any:
+    """The value of a setting, such as "model.n_layer", from the command line.
 
-    Args:
-        prefix: of the group, such as "model.".
-        key: what was given.
-        known: the settings of the group.
+    Raises:
+        UserError: there is no such setting, or the text is not of its type.
     """
-    shown = key if key.isprintable() else repr(key)  # an error is one line
-    if prefix + key in RENAMED:
-        return UnknownSettingError(
-            f"unknown setting {prefix}{shown}: it is now called {RENAMED[prefix + key]}"
-        )
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
-    return UnknownSettingError(f"unknown setting {prefix}{shown}: {hint}")
+    defaults = flatten(Config())
+    if name not in defaults:
+        raise unknown_setting("", name, defaults)
+    kind = type(defaults[name])
+    try:
+        return _BOOLS[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        what = {bool: "True or False", int: "a whole number", float: "a number"}[kind]
+        with suppress(ValueError, OverflowError):  # 1e3
+            what += f": write {int(float(text))}" if kind is int and float(text).is_integer() else ""
+        raise UserError(f"--config.{name}={text} must be {what}") from None
 
 
-def _build(cls: type, values: Any, prefix: str) -> Any:
-    if not isinstance(values, dict):
-        raise UserError(f"{prefix[:-1] or 'config'} = {values!r} must be a group of settings")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    arguments = {}
-    for key, value in values.items():
-        if key not in fields:
-            raise unknown_setting(prefix, str(key), fields)
-        wanted = fields[key].type
-        if dataclasses.is_dataclass(wanted):
-            arguments[key] = _build(wanted, value, f"{prefix}{key}.")  # type: ignore[arg-type]
-        else:
-            arguments[key] = _checked(value, wanted, f"{prefix}{key}")
-    return cls(**arguments)
-
-
-def _checked(value: Any, wanted: Any, name: str) -> Any:
-    """`value` as type `wanted`; an int serves as a float, a bool never as a number."""
-    if get_origin(wanted) is Literal:
-        if value not in get_args(wanted):
-            choices = ", ".join(map(repr, get_args(wanted)))
-            raise UnknownSettingError(f"{name} = {value!r} must be one of {choices}")
-        return value
-    if type(value) is int and abs(value) > MAX_INT:
-        raise UserError(f"{name} must lie within {MAX_INT:,} of 0")
-    if wanted is float and type(value) is int:
-        value = float(value)
-    if type(value) is not wanted:
-        raise UserError(f"{name} = {value!r} must be of type {wanted.__name__}")
-    if wanted is float and not math.isfinite(value):
-        raise UserError(f"{name} = {value} must be a finite number")
-    return value
-
-
-def _positive(config: Any, group: str, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) > 0:
-            raise UserError(f"{group}.{name} = {getattr(config, name)} must be above 0")
-
-
-def _not_negative(config: Any, group: str, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) >= 0:
-            raise UserError(f"{group}.{name} = {getattr(config, name)} must be 0 or above")
-
-
-def _at_most(limit: int, config: Any, group: str, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) > limit:
-            raise UserError(f"{group}.{name} = {getattr(config, name)} must be {limit} or below")
-
-
-def _fraction(config: Any, group: str, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(config, name) < 1:
-            raise UserError(f"{group}.{name} = {getattr(config, name)} must lie in [0, 1)")
-
-
-def _divides(divisor: int, divisor_name: str, number: int, name: str) -> None:
-    if number % divisor:
-        raise UserError(
-            f"{name} = {number} cannot be split equally over {divisor_name} = {divisor} devices: use a "
-            f"multiple of {divisor}, or another {divisor_name}"
-        )
+_BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}

@@ -1,9 +1,5 @@
-"""`python -m gpt_jax.evaluate`: see `commands/evaluate.py`."""
+"""The old form of `python -m gpt_jax evaluate`."""
 
-import sys
+from gpt_jax.commands.main import old_form
 
-from gpt_jax.commands.evaluate import main
-from gpt_jax.commands.run_main import run_main
-
-if __name__ == "__main__":
-    sys.exit(run_main(main))
+old_form("evaluate", __name__)

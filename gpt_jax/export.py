@@ -1,9 +1,5 @@
-"""`python -m gpt_jax.export`: see `commands/export.py`."""
+"""The old form of `python -m gpt_jax export`."""
 
-import sys
+from gpt_jax.commands.main import old_form
 
-from gpt_jax.commands.export import main
-from gpt_jax.commands.run_main import run_main
-
-if __name__ == "__main__":
-    sys.exit(run_main(main))
+old_form("export", __name__)

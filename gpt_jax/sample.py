@@ -1,9 +1,5 @@
-"""`python -m gpt_jax.sample`, the same as sample.py: see `commands/sample.py`."""
+"""The old form of `python -m gpt_jax sample`."""
 
-import sys
+from gpt_jax.commands.main import old_form
 
-from gpt_jax.commands.run_main import run_main
-from gpt_jax.commands.sample import main
-
-if __name__ == "__main__":
-    sys.exit(run_main(main))
+old_form("sample", __name__)

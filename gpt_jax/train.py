@@ -1,14 +1,7 @@
-"""`python -m gpt_jax.train`, the same as train.py: see `commands/train.py`."""
+"""The old form of `python -m gpt_jax train`."""
 
-import time
+from gpt_jax.commands.main import old_form
 
-STARTED = time.monotonic()  # most imports come after this line: the seconds of a run include them
+old_form("train", __name__)
 
-import sys  # noqa: E402
-from functools import partial  # noqa: E402
-
-from gpt_jax.commands.run_main import READER_PATIENCE, run_main  # noqa: E402
-from gpt_jax.commands.train import main  # noqa: E402
-
-if __name__ == "__main__":
-    sys.exit(run_main(partial(main, STARTED), READER_PATIENCE))
+raise ImportError("gpt_jax.train is a function, and no module: call gpt_jax.train(...)")

@@ -1,1 +1,1 @@
-"""The programs: what train.py, sample.py and python -m gpt_jax.<command> do."""
+"""The commands: train.py, sample.py and `python -m gpt_jax COMMAND`."""

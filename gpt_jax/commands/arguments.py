@@ -1,16 +1,19 @@
-"""Command lines: errors of one line, which name the flag that was meant."""
+"""Command lines: one style of help, and errors of one line that name the flag that was meant."""
 
 import argparse
 import difflib
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gpt_jax.commands.paths import command
-from gpt_jax.config import Config, flatten
+from gpt_jax.checks import RENAMED
+from gpt_jax.config import Config, flatten, parse_setting
+from gpt_jax.config_files import read_config
 from gpt_jax.errors import UserError
+from gpt_jax.paths import EXAMPLE_CONFIG, command
 
 # Names that nanoGPT and others use, and ours. Settings of the same name are found without this table.
 OTHER_NAMES = {
@@ -44,16 +47,32 @@ NO_FLAG = {
     "device": "set the environment variable JAX_PLATFORMS, as in JAX_PLATFORMS=cpu",
     "compile": "leave it out, since programs are always compiled",
     "init_from": "name a run with --workdir; training resumes it",
-    "eval_only": "python -m gpt_jax.evaluate does that",
+    "eval_only": "python -m gpt_jax evaluate does that",
 }
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, with errors of one line that name the flag that was meant."""
+    """argparse with short errors, and with `--config FILE --config.group.name=value` for some commands."""
 
-    def __init__(self, **options: Any):
-        super().__init__(**options, allow_abbrev=False)
+    def __init__(self, name: str, purpose: str, examples: Sequence[str], takes_config: bool = False):
+        """`--help` shows the purpose and the examples; an example is what follows the name of the command."""
+        start = command(name)
+        super().__init__(
+            prog=start,
+            usage=argparse.SUPPRESS,
+            description=purpose,
+            epilog="\n".join(["examples:", *(f"  {start} {example}" for example in examples)]),
+            formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=26, width=78),
+            add_help=False,
+            allow_abbrev=False,
+        )
+        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
         self.color = False  # Python 3.14 would colour the help, and a command's stdout escapes that
+        if takes_config:
+            about = "a config file, such as configs/smoke.py; --config.train.steps=500 changes a setting"
+            self.add_argument("--config", type=Path, metavar="FILE", help=about)
+            for setting in flatten(Config()):
+                self.add_argument(f"--config.{setting}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """The values of the flags of a command line; None: the process's own.
@@ -62,14 +81,16 @@ class ArgumentParser(argparse.ArgumentParser):
             UserError: an unknown flag, a missing or bad value, or a positional argument.
         """
         joined = list(self._join(sys.argv[1:] if args is None else args))
+        flags = self._option_string_actions
         try:
             values, unknown = self.parse_known_args(joined, namespace)
         except UserError:  # a missing flag may be there under another name
-            unknown = [a for a in joined if a.startswith("--") and a.partition("=")[0] not in self._flags()]
+            unknown = [a for a in joined if a.startswith("--") and a.partition("=")[0] not in flags]
             if not unknown:
                 raise
         if unknown:
-            raise UserError(describe_unknown(unknown[0], [flag.removeprefix("--") for flag in self._flags()]))
+            own = [flag[2:] for flag in flags if flag.startswith("--") and "." not in flag]
+            raise UserError(describe_unknown(unknown[0], own))
         return values
 
     def error(self, message: str) -> NoReturn:
@@ -78,72 +99,65 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def _join(self, args: Sequence[str]) -> Iterator[str]:
         """`--flag value` as `--flag=value`: argparse would take a value such as --hello for a flag."""
-        flags, rest = self._flags(), iter(args)
+        flags, rest = self._option_string_actions, iter(args)
         for argument in rest:
             takes_value = argument in flags and flags[argument].nargs is None
             value = next(rest, None) if takes_value else None
-            if value is None:
-                yield argument
-            elif value.partition("=")[0] in flags:
+            if value is not None and value.startswith("--") and value.partition("=")[0] in flags:
                 meant = shlex.quote(f"{argument}={value}")
                 raise UserError(f"{argument} needs a value; if {value} is the value, write {meant}")
-            else:
-                yield f"{argument}={value}"
-
-    def _flags(self) -> dict[str, argparse.Action]:
-        return {flag: action for flag, action in self._option_string_actions.items() if flag.startswith("--")}
+            yield argument if value is None else f"{argument}={value}"
 
 
-def describe_unknown(argument: str, names: Iterable[str]) -> str:
-    """An error for an argument that a command does not know.
+def config_of(flags: argparse.Namespace) -> Config:
+    """The settings of the config file, with those of the command line.
 
-    Args:
-        argument: a flag, with or without its value, or something else.
-        names: the command's own flags, without dashes.
+    Raises:
+        UserError: the file is missing or cannot be used, or a setting is wrong.
     """
-    name = argument.lstrip("-").partition("=")[0]
-    meant = _meant(name.replace("-", "_").removeprefix("config."), names)
-    if not argument.startswith("-") and (not meant or "=" not in argument):
-        return _describe_no_flag(argument, names)
-    kind = "setting" if argument.startswith("--config.") else "flag"
+    if flags.config is None:
+        raise UserError(f"--config is missing: try --config {EXAMPLE_CONFIG}")
+    prefix = "config."
+    given = {flag.removeprefix(prefix): text for flag, text in vars(flags).items() if flag.startswith(prefix)}
+    return read_config(flags.config, {name: parse_setting(name, text) for name, text in given.items()})
+
+
+def describe_unknown(argument: str, own: Collection[str]) -> str:
+    """An error for an unknown argument; `own` are the flags of the command, without dashes."""
     shown = argument.partition("=")[0].removeprefix("--config.")
+    meant = _meant(shown.lstrip("-").replace("-", "_").removeprefix("config."), own)
+    if not argument.startswith("-") and (not meant or "=" not in argument):
+        return _describe_no_flag(argument, own)
+    kind = "setting" if argument.startswith("--config.") else "flag"
     what = f"unknown {kind} {shown if shown.isprintable() else repr(shown)}"
     if meant is None:
         return f"{what}: --help lists the flags"
     if not meant.startswith("--"):
         return f"{what}: {meant}"
-    if _top(meant) in names:
+    if meant.removeprefix("--").partition(".")[0] in own:
         return f"{what}: did you mean {meant}?"
     owner = "train" if meant.startswith("--config.") else "sample"
     return f"{what}: {command(owner)} has {meant}"
 
 
-def _meant(name: str, names: Iterable[str]) -> str | None:
+def _meant(name: str, own: Collection[str]) -> str | None:
     """The flag that somebody means, or other advice."""
-    own = {own: f"--{own}" for own in names}
+    flags = {flag: f"--{flag}" for flag in own}
     settings = {setting: f"--config.{setting}" for setting in flatten(Config())}
     by_last_part = {setting.rpartition(".")[2]: flag for setting, flag in settings.items()}
-    known = by_last_part | settings | OTHER_NAMES | NO_FLAG | own
+    renamed = {old: f"it is now called {new}" for old, new in RENAMED.items()}
+    known = by_last_part | settings | renamed | OTHER_NAMES | NO_FLAG | flags
     if name in known:
         return known[name]
     # Only a misspelling of something that this command has.
-    near = difflib.get_close_matches(name, known if "config" in own else own, n=1, cutoff=0.75)
+    near = difflib.get_close_matches(name, known if "config" in own else flags, n=1, cutoff=0.75)
     return known[near[0]] if near else None
 
 
-def _top(flag: str) -> str:
-    return flag.removeprefix("--").partition(".")[0]
-
-
-def _describe_no_flag(argument: str, names: Iterable[str]) -> str:
-    """For an argument without dashes."""
+def _describe_no_flag(argument: str, own: Collection[str]) -> str:
+    """The error for an argument without dashes."""
     path = Path(argument)
-    guesses = {
-        "config": path.suffix == ".py",
-        "workdir": path.is_dir(),
-        "text": path.is_file(),
-        "prompt": True,
-    }
-    guess = next((name for name, fits in guesses.items() if fits and name in names), None)
+    fits = {"config": path.suffix == ".py", "workdir": path.is_dir(), "text": path.is_file(), "prompt": True}
+    guess = next((name for name in fits if fits[name] and name in own), None)
     advice = f"did you mean --{guess} {shlex.quote(argument)}?" if guess else "flags begin with --"
     return f"unexpected argument {argument!r}: {advice}"

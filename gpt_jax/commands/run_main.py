@@ -8,21 +8,18 @@ from typing import NoReturn
 from gpt_jax.errors import RunError, UserError
 from gpt_jax.monitor.output import steady_output
 
-READER_PATIENCE = 5.0  # seconds that training waits for a reader who does not read
 
-
-def run_main(main: Callable[[], int | None], patience: float | None = None) -> int:
+def run_main(main: Callable[[], int | None]) -> int:
     """Call `main`, and turn an error that a user can fix into one line on stderr.
 
     Args:
-        main: of a command.
-        patience: seconds to wait for a reader who does not read, before text is dropped; None: no text is.
+        main: the `main` of a command.
 
     Returns:
-        The exit status: what `main` returns (None is 0), or 2 for bad input or a file that cannot be used. A
-        `RunError` ends the process at once, with 1, and Ctrl-C with 130; a run that a signal stopped, too.
+        The exit status: what `main` returns (None is 0), or 2 for bad input or a file that cannot be used.
+        The process exits at once with 1 on a `RunError`, 130 on Ctrl-C, and 128 + n if signal n stopped it.
     """
-    with steady_output(patience):
+    with steady_output():
         try:
             status = main() or 0
             if status > 128:  # a signal stopped it: a thread may still be compiling

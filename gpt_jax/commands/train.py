@@ -1,41 +1,41 @@
-"""Train a GPT: python train.py --config configs/shakespeare_cpu.py
+"""The command train."""
 
-Every setting of a config can be overridden: --config.model.n_layer=4. The run goes to artifacts/<name of the
-config>/, or to --workdir. The same command resumes it. --minutes 5: fewer steps, where needed, to end within
-that time. --deterministic: repeatable to the bit, but slower.
-"""
-
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags
-
-from gpt_jax.commands.flags import parse
-from gpt_jax.commands.paths import ARTIFACTS
-from gpt_jax.commands.training_run import train
+from gpt_jax.commands.arguments import ArgumentParser, config_of
 from gpt_jax.parallel.devices import make_deterministic
+from gpt_jax.paths import ARTIFACTS
+from gpt_jax.storage.checkpoints import hide_tracebacks_of_orbax
 from gpt_jax.storage.compilation_cache import use_compilation_cache
+from gpt_jax.trainer.run import train
 
-flags.declare_key_flag("config")  # so that --help shows it
-flags.DEFINE_string("workdir", None, "The folder of the run.")
-flags.DEFINE_float("minutes", None, "Make as many steps as fit into this time, train.steps at most.")
-flags.DEFINE_bool("deterministic", False, "Repeatable bit for bit: one CPU thread, no unordered GPU sums.")
+PURPOSE = "Train a GPT. The same command resumes a run that was stopped."
+EXAMPLES = (
+    "--config configs/shakespeare_cpu.py --minutes 5",
+    "--config configs/smoke.py --config.train.steps=50",
+)
 
 
-def main(started: float | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, started: float | None = None) -> int:
     """Parse the flags and train.
 
     Args:
+        arguments: the command line's; None: those of the process.
         started: when the process started, by `time.monotonic`; the seconds of the run count from there.
     """
     started = time.monotonic() if started is None else started
-    if {"-h", "--help"} & set(sys.argv):
-        print(f"{__doc__}{flags.FLAGS.module_help(__name__)}")
-        return 0
-    config_file, config = parse(sys.argv)
-    if flags.FLAGS.deterministic:
+    parser = ArgumentParser("train", PURPOSE, EXAMPLES, takes_config=True)
+    flag = parser.add_argument
+    flag("--workdir", type=Path, metavar="DIR", help="the run (artifacts/<name of the config>)")
+    flag("--minutes", type=float, metavar="M", help="make as many steps as fit into this time")
+    flag("--deterministic", action="store_true", help="the same bits in each run: one CPU thread, slower")
+    flags = parser.parse_args(arguments)
+    config = config_of(flags)
+    if flags.deterministic:
         make_deterministic()
     use_compilation_cache()
-    workdir = Path(flags.FLAGS.workdir or ARTIFACTS / config_file.stem).expanduser()
-    return train(config, workdir, started, flags.FLAGS.minutes)
+    hide_tracebacks_of_orbax()
+    workdir = flags.workdir or ARTIFACTS / flags.config.stem
+    return train(config, workdir.expanduser(), started, flags.minutes)

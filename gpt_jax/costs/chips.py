@@ -1,25 +1,17 @@
-"""Peak speed and memory of accelerators, by their makers' public figures, and the part that a step uses."""
+"""Published peak FLOP/s, bandwidth and memory of accelerators, and model FLOP/s utilization (MFU)."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Chip:
-    """One device as JAX counts them.
+    """One device as JAX counts them."""
 
-    Attributes:
-        name: as in a topology, "v5e".
-        kinds: JAX's `device_kind` of such a device is one of these.
-        memory: bytes.
-        flops: peak dense bfloat16 arithmetic, FLOP/s.
-        bandwidth: of its memory, bytes/s.
-    """
-
-    name: str
-    kinds: tuple[str, ...]
-    memory: float
-    flops: float
-    bandwidth: float
+    name: str  # in a topology, such as "v5e"
+    kinds: tuple[str, ...]  # JAX's `device_kind` of such a device is one of these
+    memory: float  # bytes
+    flops: float  # peak dense bfloat16 arithmetic, FLOP/s
+    bandwidth: float  # peak of the memory, bytes/s
 
 
 GIB = 2**30  # what these makers write as GB of memory
@@ -47,19 +39,8 @@ def find_chip(device_kind: str) -> Chip | None:
 def utilization(tokens_per_second: float, flops: int, device_kind: str, n_devices: int) -> float | None:
     """Model FLOPs utilization, MFU: the fraction of the peak bfloat16 arithmetic that training uses.
 
-    Args:
-        tokens_per_second: trained on, by all devices together.
-        flops: for each token, from `model/params.py`.
-        device_kind: what JAX calls the devices.
-        n_devices: how many there are.
-
-    Returns:
-        In [0, 1], or None for a chip that is not in the table.
+    All devices together train on `tokens_per_second`, with `flops` for each (`model/params.py`). None where
+    JAX's `device_kind` is not in the table.
     """
     chip = find_chip(device_kind)
     return None if chip is None else tokens_per_second * flops / (n_devices * chip.flops)
-
-
-def min_seconds(chip: Chip, flops: float, n_bytes: float) -> tuple[float, float]:
-    """Lower bounds for the time of this arithmetic and of this memory traffic, in seconds."""
-    return flops / chip.flops, n_bytes / chip.bandwidth

@@ -1,97 +1,126 @@
-"""A trained model: to sample from, to look into, to evaluate."""
+"""A trained model: sampling, logits, attention weights, loss."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gpt_jax.config import Config, MeshConfig
-from gpt_jax.data.batches import micro_batch_size
 from gpt_jax.data.tokenizers import Tokenizer
+from gpt_jax.data.tokens import Tokens
 from gpt_jax.errors import UserError
 from gpt_jax.interchange.model_folder import is_exported, read_exported
 from gpt_jax.model.layers import Params
-from gpt_jax.model.loss import Announce, LossOfTokens, make_loss_of_tokens, silent
+from gpt_jax.model.loss import loss_of_tokens
 from gpt_jax.model.params import abstract_params, count_params, unstack_layers
 from gpt_jax.model.transformer import GPT
-from gpt_jax.parallel.mesh import make_mesh
+from gpt_jax.plan import Plan, make_plan
+from gpt_jax.records import Record, read_metrics
 from gpt_jax.rng import SAMPLE_STREAM, stream
-from gpt_jax.sampling.generate import WINDOWS, generate_tokens
+from gpt_jax.sampling.decode import Drawn
+from gpt_jax.sampling.generate import WINDOWS, generate_pieces
 from gpt_jax.sampling.rules import SamplingRules, make_rules
-from gpt_jax.storage.format import array_names, current_array_names
+from gpt_jax.sampling.texts import GrowingText, Piece
 from gpt_jax.storage.integrity import DamagedError
 from gpt_jax.storage.metadata import Metadata
-from gpt_jax.storage.run_folder import checkpoint_folder, has_checkpoint
+from gpt_jax.storage.run_folder import METRICS, checkpoint_folder, has_checkpoint
 
 MAX_COMPRESSION = 100  # real parameters compress less; a decompression bomb does not
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained model and what it needs.
+    """A trained model and what it needs."""
 
-    Attributes:
-        config: the settings that it was trained with.
-        module: the `GPT`.
-        params: its parameters, as training has them; the moving average where the run kept one.
-        tokenizer: text to ids and back.
-        step: updates that made the parameters.
-        metadata: of the checkpoint: loss, data fingerprint, library versions.
-        source: "best checkpoint", "last checkpoint", or "exported model".
-    """
-
-    config: Config
+    metadata: Metadata  # from the checkpoint: settings, loss, data fingerprint, library versions
+    plan: Plan  # the device and the precision that it computes with here
     module: GPT
-    params: Params
-    tokenizer: Tokenizer
-    step: int
-    metadata: Metadata
-    source: str
+    params: Params  # as training has them
+    source: str  # "best checkpoint", "last checkpoint", or "exported model"
+    workdir: Path  # the folder it was read from
+
+    @property
+    def config(self) -> Config:
+        """The settings that it was trained with."""
+        return self.metadata.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text to ids and back."""
+        return self.metadata.tokenizer
+
+    @property
+    def step(self) -> int:
+        """Updates that made the parameters."""
+        return self.metadata.step
+
+    @property
+    def history(self) -> list[Record]:
+        """The lines of the run's metrics.jsonl; empty for an exported model."""
+        return read_metrics(self.workdir / METRICS)
+
+    @overload
+    def generate(self, prompt: str = "", length: int = 500, **how: Any) -> str: ...
+
+    @overload
+    def generate(self, prompt: Sequence[str], length: int = 500, **how: Any) -> list[str]: ...
 
     def generate(
         self,
-        prompt: str = "",
+        prompt: str | Sequence[str] = "",
         length: int = 500,
         *,
         seed: int = 0,
         window: str = "half",
+        stop: str | Sequence[str] = (),
         **rules: Any,
-    ) -> str:
-        """Continue `prompt` by `length` tokens and return their text, without the prompt.
+    ) -> str | list[str]:
+        """Continue `prompt` by at most `length` tokens and return their text, without the prompt.
 
-        Args:
-            prompt: any text that the tokenizer can encode; an empty one stands for a line feed.
-            length: tokens to generate.
-            seed: the same seed gives the same text.
-            window: what the model sees past its context: see `sampling/generate.py`.
-            **rules: temperature, top_k, top_p, min_p, greedy: see `sampling/rules.py`, `make_rules`.
-
-        Raises:
-            UserError: an argument out of its range, or unknown characters.
+        Several prompts, of any lengths, are continued side by side: a list of texts. An empty prompt stands
+        for a line feed. The same seed gives the same text. `window` is what the model sees past its context
+        (`sampling/generate.py`). A text ends before the first of the strings `stop`, or at the tokenizer's
+        end of text. The rules are temperature, top_k, top_p, min_p, greedy and repetition_penalty
+        (`sampling/rules.py`, `make_rules`). Raises `UserError` if an argument is out of its range, or if a
+        character is unknown.
         """
-        pieces = self.stream(prompt, length, make_rules(**rules), seed=seed, window=window)
-        return "".join(texts[0] for texts in pieces)
+        pieces = self.stream(prompt, length, make_rules(**rules), seed=seed, window=window, stop=stop)
+        n_texts = 1 if isinstance(prompt, str) else len(prompt)
+        texts: list[list[str]] = [[] for _ in range(n_texts)]
+        for piece in pieces:
+            for text, new in zip(texts, piece, strict=True):
+                text.append(new)
+        joined = ["".join(text) for text in texts]
+        return joined[0] if isinstance(prompt, str) else joined
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | Sequence[str],
         length: int,
         rules: SamplingRules,
         *,
         num_samples: int = 1,
         seed: int = 0,
         window: str = "half",
-    ) -> Iterator[list[str]]:
-        """Like `generate`, for several samples at once, piece by piece.
+        stop: str | Sequence[str] = (),
+    ) -> Iterator[list[Piece]]:
+        """Like `generate`, as the text comes: a `Piece` for each text, `num_samples` texts for each prompt.
 
-        Yields:
-            One piece of new text for each sample.
+        A `Piece` is a string with two attributes: `ended` says why the text ends with it (None: it goes on),
+        and `tokens` has id, text, and with `make_rules(logprobs=True)` log probability of each token.
         """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        if not prompts:
+            raise UserError("prompt = [] must have a text or more")
+        if "" in stops:
+            raise UserError("stop = '' must have a character or more")
         if length < 0:
             raise UserError(f"length = {length} must be 0 or above")
         if num_samples < 1:
@@ -101,71 +130,56 @@ class TrainedModel:
         if not 0 <= seed < 2**32:
             raise UserError(f"seed = {seed} must lie in [0, 2**32)")
         # The model predicts from at least one token.
-        ids = self.tokenizer.encode(prompt) if prompt else np.array([self.tokenizer.start_id], np.int32)
-        decoders = [self.tokenizer.decoder() for _ in range(num_samples)]
-        # No window reaches further back.
-        end_BxT = np.tile(ids[-self.config.model.context :], (num_samples, 1))
-        pieces = generate_tokens(
-            self.module, self.params, end_BxT, length, rules, stream(seed, SAMPLE_STREAM), window,
-            n_before=len(ids) - end_BxT.shape[1],
-        )  # fmt: skip
-        return ([decode(row) for decode, row in zip(decoders, piece, strict=True)] for piece in pieces)
+        start, tokenizer = np.array([self.tokenizer.start_id], np.int32), self.tokenizer
+        encoded = [tokenizer.encode(text) if text else start for text in prompts]
+        rows = [ids for ids in encoded for _ in range(num_samples)]  # one array for all texts of a prompt
+        end_id = getattr(tokenizer, "end_id", None)  # a tokenizer of your own may have none
+        texts = [GrowingText(tokenizer.decoder(), stops, end_id) for _ in rows]
+        key = stream(seed, SAMPLE_STREAM)
+        return _grow(
+            texts, length, generate_pieces(self.module, self.params, rows, length, rules, key, window)
+        )
 
     def logits(self, text: str) -> np.ndarray:
         """The logits of the token after each token of a text: float32 [T, V].
 
-        `jax.nn.softmax` of row t gives the probabilities of token t + 1.
-
-        Raises:
-            UserError: unknown characters, an empty text, or more tokens than the context.
+        `jax.nn.softmax` of row t gives the probabilities of token t + 1. The text must have 1 to `context`
+        tokens, else it is a `UserError`.
         """
         return np.asarray(_logits(self.module, self.params, self._window(text))[0])
 
     def attention(self, text: str) -> np.ndarray:
-        """Attention weights, float32 [L, H, T, T].
+        """Attention weights, float32 [L, H, T, T], of a text as for `logits`.
 
         Entry [l, h, t, s] is the weight with which head h of layer l reads token s for token t. Each row t
         sums to 1, and is 0 where s > t.
-
-        Raises:
-            UserError: unknown characters, an empty text, or more tokens than the context.
         """
         return np.asarray(_attention(self.module, self.params, self._window(text)))
 
-    def loss(self, text: str, announce: Announce = silent) -> float:
-        """Nats per token of a text, by the headline protocol (`model/loss.py`).
-
-        Args:
-            text: two tokens or more.
-            announce: a context in which the program compiles, such as `compiling` of
-                `storage/compilation_cache.py`.
-
-        Raises:
-            UserError: unknown characters, or fewer than two tokens.
-        """
-        return self.loss_of_tokens(self.tokenizer.encode(text), announce)
-
-    def loss_of_tokens(self, tokens_N: np.ndarray, announce: Announce = silent) -> float:
-        """`loss` of a text that is encoded already: integer ids [N].
-
-        Raises:
-            UserError: fewer than two tokens.
-        """
+    def loss(self, text: str | Tokens) -> float:
+        """Nats per token of a text of two tokens or more, or of its ids [N]: see `loss_of_tokens`."""
+        tokens_N = self.tokenizer.encode(text) if isinstance(text, str) else text
         if len(tokens_N) < 2:
             raise UserError(f"text of {len(tokens_N)} token(s) must have 2 or more for a loss")
-        return self._loss_of_tokens(self.params, tokens_N, announce)
-
-    @cached_property
-    def _loss_of_tokens(self) -> LossOfTokens:
-        context, platform = self.config.model.context, jax.default_backend()
-        batch_size = micro_batch_size(self.config.train, context, 1, platform)
-        return make_loss_of_tokens(self.module, batch_size)
+        return loss_of_tokens(self.module, self.params, tokens_N, self.plan.micro_batch_size)
 
     def _window(self, text: str) -> np.ndarray:
         ids, context = self.tokenizer.encode(text), self.config.model.context
         if not 0 < len(ids) <= context:
             raise UserError(f"text of {len(ids):,} tokens must have 1 to {context} (the context)")
         return ids[None]
+
+
+def _grow(texts: list[GrowingText], length: int, pieces: Iterator[Drawn]) -> Iterator[list[Piece]]:
+    """The pieces of texts of at most `length` tokens, until all have ended."""
+    n_left = length
+    for tokens_BxN, logprobs_BxN in pieces:
+        n_left -= tokens_BxN.shape[1]
+        logprobs = [None] * len(texts) if logprobs_BxN is None else logprobs_BxN
+        new = zip(texts, tokens_BxN, logprobs, strict=True)
+        yield [text.add(ids_N, logprobs_N, n_left == 0) for text, ids_N, logprobs_N in new]
+        if all(text.ended for text in texts):
+            return
 
 
 @partial(jax.jit, static_argnums=0)
@@ -175,73 +189,67 @@ def _logits(module: GPT, params: Params, tokens_BxT: np.ndarray) -> jax.Array:
 
 @partial(jax.jit, static_argnums=0)
 def _attention(module: GPT, params: Params, tokens_1xT: np.ndarray) -> jax.Array:
-    variables = {"params": unstack_layers(params)}
-    _, recorded = module.apply(variables, tokens_1xT, mutable=["intermediates"])
+    _, recorded = module.apply({"params": unstack_layers(params)}, tokens_1xT, mutable=["intermediates"])
     layers = recorded["intermediates"]
     weights = [layers[f"block_{i}"]["attention"]["weights_BxHxTxS"][0][0] for i in range(len(layers))]
     return jnp.stack(weights)
 
 
 def load(workdir: str | Path, which: str = "best") -> TrainedModel:
-    """Read the model of a run, or an exported one.
+    """Read the model of a run, or one that `python -m gpt_jax export` wrote.
 
-    A damaged checkpoint is named on stderr, and the next good one is used.
-
-    Args:
-        workdir: the folder of the run, or one that `python -m gpt_jax.export` wrote.
-        which: "best" (by validation loss) or "last"; ignored for an exported model.
+    `which` checkpoint of a run: the "best", by validation loss, or the "last". A damaged one is named on
+    stderr, and the next good one is used.
 
     Raises:
-        UserError: there is no checkpoint, its arrays do not fit its settings, it is of another version that
-            cannot be read, or an exported model is damaged.
+        UserError: there is no model, its arrays do not fit its settings, it is of another version that cannot
+            be read, or an exported model is damaged.
         RunError: all checkpoints are damaged.
     """
     workdir = Path(workdir).expanduser()
     if which not in ("best", "last"):
         raise UserError(f"which = {which!r} must be 'best' or 'last'")
     if has_checkpoint(workdir):
-        source = f"{which} checkpoint"
-        metadata, params = _read_checkpoint(workdir, which)
+        source, (metadata, params) = f"{which} checkpoint", _read_checkpoint(workdir, which)
     elif is_exported(workdir):
-        source = "exported model"
-        metadata, params = read_exported(workdir)
+        source, (metadata, params) = "exported model", read_exported(workdir, _shapes_of_params)
     else:
         raise UserError(
             f"no trained model in {workdir}: name another folder, or train one (README.md says how)"
         )
-    config, tokenizer = metadata.config, metadata.tokenizer
-    module = GPT(config.model, tokenizer.vocab_size)
-    return TrainedModel(config, module, params, tokenizer, metadata.step, metadata, source)
+    return TrainedModel(metadata, *_for_one_device(metadata), params, source, workdir)
+
+
+def _for_one_device(metadata: Metadata) -> tuple[Plan, GPT]:
+    """The plan and the module, for one device of this machine whatever training had."""
+    train = replace(metadata.config.train, grad_accum_steps=0)
+    config = replace(metadata.config, mesh=MeshConfig(data=1), train=train)
+    plan = make_plan(config, devices=jax.devices()[:1])
+    if metadata.total_steps is not None:
+        plan = replace(plan, steps=metadata.total_steps, steps_were_chosen=True)
+    return plan, GPT(plan.config.model, metadata.tokenizer.vocab_size, plan.execution)
+
+
+def _shapes_of_params(metadata: Metadata) -> Params:
+    plan, module = _for_one_device(metadata)
+    return abstract_params(module, plan.mesh)
 
 
 def _read_checkpoint(workdir: Path, which: str) -> tuple[Metadata, Params]:
     # Only here: Orbax takes a second to import, and exported models do not need it.
     from gpt_jax.storage.checkpoints import Checkpoints, read_metadata
 
-    checkpoints = Checkpoints(checkpoint_folder(workdir))
-
-    def steps() -> list[int]:
-        return checkpoints.best_first() if which == "best" else checkpoints.steps()[::-1]
-
     def read(step: int) -> tuple[Metadata, Params]:
-        metadata = read_metadata(checkpoints, step)
-        config, vocab_size = metadata.config, metadata.tokenizer.vocab_size
-        # One device samples, whatever the mesh was in training.
-        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        target = abstract_params(GPT(config.model, vocab_size), mesh)
-        item = "ema_params" if config.optimizer.ema_decay > 0 else "params"
-        n_bytes, on_disk = 4 * count_params(target), checkpoints.disk_size(step, item)
+        metadata, folder = read_metadata(checkpoints, step), checkpoints.folder / str(step)
+        target = _shapes_of_params(metadata)
+        n_bytes = 4 * count_params(target)
+        on_disk = sum(file.stat().st_size for file in (folder / "params").rglob("*") if file.is_file())
         if n_bytes > MAX_COMPRESSION * on_disk + 2**20:
             raise DamagedError(
-                f"checkpoint {checkpoints.folder / str(step)} claims {n_bytes:,} bytes of {item} in "
-                f"{on_disk:,} on disk"
+                f"checkpoint {folder} claims {n_bytes:,} bytes of params in {on_disk:,} on disk"
             )
-        stored = metadata.format_version
-        restored = checkpoints.restore(step, {item: array_names(target, stored)})[item]
-        return metadata, current_array_names(restored, stored)
+        return metadata, checkpoints.restore(step, {"params": target})["params"]
 
-    try:
-        (metadata, params), _ = checkpoints.first_good(steps, read)
-    finally:
-        checkpoints.close()
-    return metadata, params
+    with closing(Checkpoints(checkpoint_folder(workdir))) as checkpoints:
+        steps = checkpoints.best_first if which == "best" else lambda: checkpoints.steps()[::-1]
+        return checkpoints.first_good(steps, read)[0]

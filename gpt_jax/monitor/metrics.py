@@ -1,20 +1,14 @@
 """The files that the numbers and samples of a run go to: metrics.jsonl, samples.txt, TensorBoard events."""
 
-import contextlib
 import json
-import math
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gpt_jax.errors import UserError
 from gpt_jax.files import write_durably
-
-Record = dict[str, float]
+from gpt_jax.records import Record, read_metrics, selection_key, selection_loss
 
 
 class MetricsFile:
@@ -48,27 +42,6 @@ class MetricsFile:
         self._file.close()
 
 
-def read_metrics(path: Path) -> list[Record]:
-    """The records of a `metrics.jsonl`, without lines that are incomplete or damaged."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            record = json.loads(line)
-            if _is_record(record):
-                records.append(record)
-    return records
-
-
-def _is_record(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.keys() >= {"step", "seconds", "train_loss"}
-        and all(type(number) in (int, float) for number in value.values())
-    )
-
-
 class SamplesFile:
     """`samples.txt`: the text that the model wrote at each evaluation, below a line with its losses."""
 
@@ -92,29 +65,14 @@ class SamplesFile:
             os.fsync(file.fileno())
 
 
-def is_spike(loss: float, recent: Sequence[float]) -> bool:
-    """Whether a loss is half a nat, and six standard deviations, above the mean of those before it."""
-    return len(recent) >= 5 and loss > float(np.mean(recent)) + max(0.5, 6 * float(np.std(recent)))
-
-
-def deciding_loss(record: Record) -> float | None:
-    """The validation loss that decides which step is the best: on a part of the split, where it has one."""
-    return record.get("val_loss_part", record.get("val_loss"))
-
-
 def validated(records: list[Record]) -> list[Record]:
     """The records with a validation loss."""
-    return [record for record in records if deciding_loss(record) is not None]
+    return [record for record in records if selection_loss(record) is not None]
 
 
 def best_record(records: list[Record]) -> Record:
-    """The newest of the validated records with the lowest loss; NaN counts as the highest."""
-
-    def key(record: Record) -> tuple[float, float]:
-        loss = deciding_loss(record)
-        return (loss if loss is not None and math.isfinite(loss) else math.inf, -record["step"])
-
-    return min(validated(records), key=key)
+    """The best of the validated records."""
+    return min(validated(records), key=lambda record: selection_key(record, record["step"]))
 
 
 class TensorBoard:

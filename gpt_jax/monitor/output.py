@@ -3,11 +3,9 @@
 import contextlib
 import io
 import os
-import select
-import stat
 import sys
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 # Unicode's category Cc, without tab and line feed.
@@ -19,41 +17,26 @@ def visible(text: str) -> str:
     return text.translate(_ESCAPED)
 
 
-@dataclass
-class Patience:
-    """How long streams wait, once, for a reader who does not read.
-
-    Attributes:
-        seconds: None: as long as it takes. Ctrl-C while a stream waits sets it to 0.
-    """
-
-    seconds: float | None = None
-
-
 class SteadyOutput(io.TextIOBase):
-    """Text to a file descriptor, as it is; what cannot be encoded is escaped.
+    """Text to a file descriptor, unbuffered. It is dropped once the reader has gone, or the disk is full.
 
-    What nobody reads within `patience` is dropped, and so is all text once the reader has gone.
+    Control characters on a terminal, and characters that the encoding lacks, are escaped.
     """
 
-    def __init__(self, stream: io.TextIOWrapper, patience: Patience):
-        self._fd = stream.fileno()
-        self._writable = self._fd
-        if stat.S_ISFIFO(os.fstat(self._fd).st_mode) or self.isatty():
-            # A new descriptor can be non-blocking without changing that of other processes.
-            with contextlib.suppress(OSError, AttributeError):  # other systems have no such names
-                self._writable = os.open(
-                    f"/proc/self/fd/{self._fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
-                )
-        self._encoding = stream.encoding
-        self._patience = patience
-        self._is_read = True  # False: the reader sleeps, so do not wait again until it reads
-        self._open = True
+    def __init__(self, stream: Any, is_raw: bool = False):
+        # The same stream, which leaves control characters as they are.
+        self.raw: SteadyOutput = self if is_raw else SteadyOutput(stream, is_raw=True)
+        self._fd, self._encoding, self._open = stream.fileno(), stream.encoding, True
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """Of the stream that this one replaces."""
+        """The encoding of the stream that this one replaces."""
         return self._encoding
+
+    @property
+    def errors(self) -> str:  # type: ignore[override]
+        """What becomes of characters that the encoding lacks; `input` asks for it, for its prompt."""
+        return "backslashreplace"
 
     def fileno(self) -> int:
         """The file descriptor."""
@@ -64,81 +47,42 @@ class SteadyOutput(io.TextIOBase):
         return os.isatty(self._fd)
 
     def writable(self) -> bool:
-        """True."""
+        """Whether it can be written: always."""
         return True
 
     def write(self, text: str) -> int:
         """Write or drop all of `text`; raises nothing but KeyboardInterrupt."""
-        data = text.encode(self._encoding, "backslashreplace")
+        shown = visible(text) if self.raw is not self and self.isatty() else text
+        data = shown.encode(self._encoding, self.errors)
         while data and self._open:
             try:
-                self._is_read = self._is_ready()
-                if not self._is_read:
-                    break
-                # A pipe that is ready takes this much (PIPE_BUF) without blocking.
-                data = data[os.write(self._writable, data[:4096]) :]
-            except BlockingIOError:
-                continue
-            except OSError:  # nobody reads any more, or the disk is full
+                data = data[os.write(self._fd, data) :]
+            except BlockingIOError:  # another process made the pipe or terminal non-blocking
+                time.sleep(0.01)
+            except OSError:
                 self._open = False
-            except KeyboardInterrupt:
-                self._patience.seconds = 0.0
-                raise
-        return len(text)
-
-    def _is_ready(self) -> bool:
-        seconds = self._patience.seconds if self._is_read else 0.0
-        try:
-            return bool(select.select([], [self._writable], [], seconds)[1])
-        except (OSError, ValueError, AttributeError):  # Windows can only wait for sockets: just write
-            return True
-
-
-class VisibleOutput(SteadyOutput):
-    """A `SteadyOutput` that shows control characters escaped where it is a terminal.
-
-    Attributes:
-        raw: the same stream, without escapes.
-    """
-
-    def __init__(self, stream: io.TextIOWrapper, patience: Patience):
-        super().__init__(stream, patience)
-        self.raw = SteadyOutput(stream, patience)
-
-    def write(self, text: str) -> int:
-        """As `SteadyOutput.write`."""
-        super().write(visible(text) if self.isatty() else text)
         return len(text)
 
 
 def raw(stream: Any) -> Any:
     """The stream for our own control sequences, such as those of a progress bar."""
-    return stream.raw if isinstance(stream, VisibleOutput) else stream
+    return stream.raw if isinstance(stream, SteadyOutput) else stream
 
 
 @contextlib.contextmanager
-def steady_output(patience: float | None = None) -> Iterator[None]:
-    """Make stdout and stderr `VisibleOutput`; a stream that was closed from the start goes to os.devnull.
-
-    Args:
-        patience: seconds to wait for a reader who does not read, before text is dropped; None: no text is.
-    """
-    former = sys.stdout, sys.stderr
-    shared = Patience(patience)
+def steady_output() -> Iterator[None]:
+    """Make stdout and stderr `SteadyOutput`; a stream that was closed from the start goes to os.devnull."""
+    former = (sys.stdout, sys.stderr)
     # A closed stdout would let the next opened file take descriptor 1, and everything printed go there.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
     with open(os.devnull, "w", encoding="utf-8") as void:
-
-        def steady(stream: Any) -> Any:
-            if stream is None:
-                return void
+        for stream in filter(None, former):
             with contextlib.suppress(OSError):
                 stream.flush()
-            return VisibleOutput(stream, shared)
-
-        sys.stdout, sys.stderr = map(steady, former)
+        streams: Any = [SteadyOutput(stream) if stream else void for stream in former]
+        sys.stdout, sys.stderr = streams
         try:
             yield
         finally:

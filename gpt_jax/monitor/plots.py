@@ -5,13 +5,16 @@ import os
 from pathlib import Path
 
 from gpt_jax.monitor.metrics import best_record, read_metrics, validated
+from gpt_jax.records import selection_loss
 
 
-def plot_losses(metrics: Path, picture: Path, title: str) -> None:
-    """Draw the training and the validation loss of a `metrics.jsonl` over the steps."""
+def plot_losses(metrics: Path, picture: Path) -> None:
+    """Draw the losses of a `metrics.jsonl` over the steps; the title is the name of the picture's folder."""
     from matplotlib.figure import Figure  # slow to import, and not needed to train
 
     records = read_metrics(metrics)
+    # Not in the locale's encoding.
+    title = os.fsencode(picture.parent.name).decode("utf-8", "backslashreplace")
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for label, color, marker, key in (
@@ -26,7 +29,7 @@ def plot_losses(metrics: Path, picture: Path, title: str) -> None:
     if validated(records):
         best = best_record(records)
         part = " on a part of the split" if "val_loss_part" in best else ""
-        loss = best.get("val_loss_part", best.get("val_loss", math.nan))
+        loss = selection_loss(best) or math.nan
         axes.axhline(loss, color="tab:gray", linewidth=0.8, linestyle=":")
         title += f": best validation loss{part} {loss:.4f} at step {best['step']:,.0f}"
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)

@@ -7,8 +7,8 @@ from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
-from gpt_jax.monitor.metrics import Record
 from gpt_jax.monitor.output import raw, visible
+from gpt_jax.records import Record, selection_loss
 
 
 class Terminal:
@@ -46,7 +46,7 @@ class Terminal:
     def progress(self, record: Record, losses: Record, seconds_left: float) -> None:
         """Show the newest numbers of the run, and the losses of its newest evaluation."""
         name = "val_part" if "val_loss_part" in losses else "val"
-        val_loss = losses.get("val_loss_part", losses.get("val_loss"))
+        val_loss = selection_loss(losses)
         shown = {
             "loss": f"{record['train_loss']:.3f}",
             name: "-" if val_loss is None else f"{val_loss:.3f}",

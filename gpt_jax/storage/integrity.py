@@ -1,13 +1,11 @@
-"""Checksums of all files in a folder, to notice damage.
-
-`sha256sum -c SHA256SUMS` checks them too.
-"""
+"""Detect damage: checksums of all files in a folder, in the format of `sha256sum`, and shapes of arrays."""
 
 import hashlib
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from gpt_jax.errors import UserError
 from gpt_jax.files import sync, write_durably
@@ -21,12 +19,9 @@ class DamagedError(UserError):
 
 
 def seal(folder: Path) -> None:
-    """Write a checksum of every file in `folder` into it, and flush all of it to the disk.
-
-    Then the folder can be renamed to its final name: files are flushed before the folders that hold them.
-    """
+    """Write a checksum of every file into `folder`, and flush all to the disk, files before their folders."""
     lines = "".join(f"{checksum(folder / name)}  {name}\n" for name in sorted(_files(folder)))
-    write_durably(folder / CHECKSUMS, f"{lines}# {_digest(lines.encode())}\n")
+    write_durably(folder / CHECKSUMS, f"{lines}# {digest(lines)}\n")
     for path, _, files in os.walk(folder, topdown=False):
         for name in files:
             sync(Path(path, name))
@@ -34,19 +29,17 @@ def seal(folder: Path) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Check every file of a sealed folder, before anything in it is used.
-
-    Raises:
-        DamagedError: a file is missing, changed or unexpected.
-    """
+    """Raise a `DamagedError` that names a file of a checkpoint that is missing, changed or unexpected."""
     try:
+        if folder.is_symlink():
+            raise DamagedError("a link, not a folder")
         found = set(_files(folder)) - {CHECKSUMS}  # before reading: opening a pipe would block
         if (folder / CHECKSUMS).stat().st_size > MAX_CHECKSUMS:
             raise DamagedError(f"{CHECKSUMS} is too large")
         lines, _, last = (folder / CHECKSUMS).read_text(encoding="utf-8").rpartition("# ")
-        if last != _digest(lines.encode()) + "\n":
+        if last != digest(lines) + "\n":
             raise DamagedError(f"{CHECKSUMS} was changed")
-        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines.splitlines())}
+        sums = {name: sha for sha, name in (line.split("  ", 1) for line in lines.splitlines())}
         for name in sorted(found | sums.keys()):
             if name not in found:
                 raise DamagedError(f"{name} is missing")
@@ -54,9 +47,13 @@ def verify(folder: Path) -> None:
                 raise DamagedError(f"{name} is not listed in {CHECKSUMS}")
             if checksum(folder / name) != sums[name]:
                 raise DamagedError(f"{name} was changed")
-    except (OSError, ValueError) as error:
-        what = f"{type(error).__name__}: {error}" if isinstance(error, ValueError) else error.strerror
-        raise DamagedError(f"{getattr(error, 'filename', None) or CHECKSUMS}: {what}") from None
+    except (DamagedError, OSError, ValueError) as error:
+        reason = str(error)
+        if isinstance(error, OSError):
+            reason = f"{error.filename or CHECKSUMS}: {error.strerror}"
+        elif isinstance(error, ValueError):  # a line without two spaces, or not UTF-8
+            reason = f"{CHECKSUMS}: {one_line(error)}"
+        raise DamagedError(f"checkpoint {folder} is damaged: {reason}") from None
 
 
 def _files(folder: Path) -> Iterator[str]:
@@ -81,5 +78,24 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def digest(text: str) -> str:
+    """The SHA-256 of a text, as hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def first_difference(there: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """The first array whose shape differs between the file and the model, with both; None: all fit."""
+    for name in [*wanted, *sorted(there.keys() - wanted.keys())]:
+        if there.get(name) != wanted.get(name):
+            return (
+                f"{name} has shape {there.get(name, 'none')} there, {wanted.get(name, 'none')} in the model"
+            )
+    return None
+
+
+def one_line(error: BaseException) -> str:
+    """The type of an error and its message, shortened, without line feeds."""
+    text = " ".join(str(error).split())
+    if len(text) > 400:  # such messages name the file at their beginning and the reason at their end
+        text = f"{text[:200]} ... {text[-200:]}"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

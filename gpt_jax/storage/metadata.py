@@ -1,56 +1,50 @@
-"""What a checkpoint or an exported model says besides its arrays."""
+"""Metadata of checkpoints and exported models, and migrations of older formats.
 
-from dataclasses import dataclass, fields
+docs/code.md says how to change the format.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
 from importlib.metadata import version
 from typing import Any, get_args
 
-from gpt_jax.config import Config, Dtype, UnknownSettingError
+from gpt_jax.checks import REMOVED, UnknownSettingError
+from gpt_jax.config import Config, Dtype
 from gpt_jax.data.tokenizers import Tokenizer, tokenizer_from_json
 from gpt_jax.errors import UserError
-from gpt_jax.storage.format import FORMAT_VERSION, format_version, migrate, removed_setting
 from gpt_jax.version import __version__
+
+FORMAT_VERSION = 3
+
+
+class FormatError(UserError):
+    """Another version of gpt_jax wrote this, and this version cannot read it. It is not damaged."""
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """Stored as JSON: data, never code.
-
-    Attributes:
-        config: the settings of the run.
-        tokenizer: text to ids and back.
-        fingerprint: of the text, see `data/corpus.py`.
-        step: updates done.
-        val_loss: at this step, by the headline protocol; None for a checkpoint between evaluations.
-        val_loss_part: the same on the first `train.eval_tokens` tokens, where the settings ask for that.
-        recent_losses: the training losses since the last line of metrics.jsonl.
-        versions: of gpt_jax and the libraries.
-        compute_dtype: the type of the activations in the newest updates; None where it was not recorded.
-        best_loss, since_best: the lowest validation loss so far, and how many evaluations came after it.
-        total_steps: updates of the whole run, where `--minutes` chose it; else `config.train.steps` says it.
-        unfinished: the numbers of this step, for metrics.jsonl, where a stop interrupted its evaluation; a
-            resumed run evaluates it first.
-        format_version: the format that the arrays are stored in.
-    """
+    """The metadata of a checkpoint, stored as JSON."""
 
     config: Config
     tokenizer: Tokenizer
-    fingerprint: str
-    step: int
-    val_loss: float | None
-    recent_losses: list[float]
-    versions: dict[str, str]
-    compute_dtype: Dtype | None = None
-    val_loss_part: float | None = None
-    best_loss: float | None = None
-    since_best: int = 0
-    total_steps: int | None = None
+    fingerprint: str  # of the text, see `data/corpus.py`
+    step: int  # updates done
+    val_loss: float | None  # of the whole validation split at this step; None: not evaluated
+    recent_losses: list[float]  # the training losses since the last line of metrics.jsonl
+    versions: dict[str, str]  # gpt_jax and the libraries, by name
+    compute_dtype: Dtype | None = None  # of the activations in the newest updates; None: not recorded
+    val_loss_part: float | None = None  # val_loss of the first `train.eval_tokens` tokens, if that is set
+    best_loss: float | None = None  # the lowest validation loss so far
+    since_best: int = 0  # evaluations after it
+    total_steps: int | None = None  # of the run, where `--minutes` chose them; else `config.train.steps`
+    # The numbers of this step, where a stop interrupted its evaluation; a resumed run evaluates it first.
     unfinished: dict[str, float] | None = None
-    format_version: int = FORMAT_VERSION
+    format_version: int = FORMAT_VERSION  # version it was stored in
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON can hold."""
-        own = {"config": self.config.to_dict(), "tokenizer": self.tokenizer.to_json()}
-        return {field.name: getattr(self, field.name) for field in fields(self)} | own
+        """The metadata as values that JSON has."""
+        return vars(self) | {"config": self.config.to_dict(), "tokenizer": self.tokenizer.to_json()}
 
     def losses(self) -> dict[str, float]:
         """The validation losses of this step by name."""
@@ -59,50 +53,102 @@ class Metadata:
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "Metadata":
-        """The inverse of `to_dict`, for any format version.
+        """The inverse of `to_dict`, for any format version; raises a `FormatError` if it cannot be read.
 
-        Raises:
-            FormatError: it is of another version, which this one cannot read.
-            UserError: something is missing or wrong; it is named.
+        A `UserError` names what is missing or wrong.
         """
-        stored_version = format_version(stored)
-        optional = ("compute_dtype", "val_loss_part", "best_loss", "total_steps", "unfinished")
-        values: dict[str, Any] = {**dict.fromkeys(optional), "since_best": 0, **migrate(stored)}
-        losses, versions = values.get("recent_losses"), values.get("versions")
-        total_steps, unfinished = values["total_steps"], values["unfinished"]
-        valid = {
-            "config": True,  # checks itself
-            "tokenizer": isinstance(values.get("tokenizer"), str),
-            "fingerprint": isinstance(values.get("fingerprint"), str),
-            "step": type(values.get("step")) is int and 0 <= values["step"] < 2**31,
-            **{name: _is_loss(values.get(name)) for name in ("val_loss", "val_loss_part", "best_loss")},
-            "since_best": type(values["since_best"]) is int and values["since_best"] >= 0,
-            "recent_losses": isinstance(losses, list) and all(type(x) is float for x in losses),
-            "versions": isinstance(versions, dict) and all(isinstance(x, str) for x in versions.values()),
-            "compute_dtype": values["compute_dtype"] in (None, *get_args(Dtype)),
-            "total_steps": total_steps is None or (type(total_steps) is int and 0 < total_steps < 2**31),
-            "unfinished": unfinished is None or (isinstance(unfinished, dict) and _are_numbers(unfinished)),
-        }
-        for name, is_valid in valid.items():
-            if name not in values or not is_valid:
+        defaults = {field.name: field.default for field in fields(cls) if field.default is not MISSING}
+        values = defaults | migrate(stored)
+        for name, is_valid in _VALID.items():
+            if name not in values or not is_valid(values[name]):
                 raise UserError(f"{name} is missing or has a wrong value")
         try:
             config = Config.from_dict(values["config"])
         except UnknownSettingError as error:
-            raise removed_setting(error, values) from None
+            raise _unsupported(error, values) from None
         read = {"config": config, "tokenizer": tokenizer_from_json(values["tokenizer"])}
-        return cls(**{name: values[name] for name in valid} | read, format_version=stored_version)
+        return cls(**{name: values[name] for name in _VALID} | read)
 
 
 def _is_loss(value: Any) -> bool:
     return value is None or type(value) is float
 
 
-def _are_numbers(values: dict[str, Any]) -> bool:
-    return all(type(value) in (int, float) for value in values.values())
+_VALID: dict[str, Callable[[Any], bool]] = {
+    "format_version": lambda _: True,  # checked by `migrate`
+    "config": lambda _: True,  # checks itself
+    "tokenizer": lambda value: isinstance(value, str),
+    "fingerprint": lambda value: isinstance(value, str),
+    "step": lambda value: type(value) is int and 0 <= value < 2**31,
+    "val_loss": _is_loss,
+    "val_loss_part": _is_loss,
+    "best_loss": _is_loss,
+    "since_best": lambda value: type(value) is int and value >= 0,
+    "recent_losses": lambda value: isinstance(value, list) and {*map(type, value)} <= {float},
+    "versions": lambda value: isinstance(value, dict) and {*map(type, value.values())} <= {str},
+    "compute_dtype": lambda value: value in (None, *get_args(Dtype)),
+    "total_steps": lambda value: value is None or (type(value) is int and 0 < value < 2**31),
+    "unfinished": lambda value: (
+        value is None or (isinstance(value, dict) and {*map(type, value.values())} <= {int, float})
+    ),
+}
 
 
 def library_versions() -> dict[str, str]:
     """The versions to record."""
     libraries = ("jax", "flax", "optax", "orbax-checkpoint")
     return {"gpt_jax": __version__} | {name: version(name) for name in libraries}
+
+
+def migrate(values: dict[str, Any]) -> dict[str, Any]:
+    """Metadata of any version, as stored, in the current format; "format_version" stays what it was.
+
+    Raises a `FormatError` if a newer gpt_jax wrote it, or if it cannot be read any more.
+    """
+    stored = values.get("format_version")
+    if type(stored) is not int or stored < 1:
+        raise UserError(f"format_version = {stored!r} must be a positive integer")
+    if stored > FORMAT_VERSION:
+        raise FormatError(
+            f"format {stored}, written by {_writer(values)}, is newer than format {FORMAT_VERSION} of this "
+            f"gpt_jax {__version__}: install the newer version"
+        )
+    if stored < min(MIGRATIONS):
+        raise _unsupported(f"format {stored}", values)
+    values = copy.deepcopy(values)
+    for old in range(stored, FORMAT_VERSION):
+        MIGRATIONS[old](values)
+    return values
+
+
+def _unsupported(what: object, values: dict[str, Any]) -> FormatError:
+    """An error for something that this version does not have, in metadata that says who wrote it."""
+    return FormatError(
+        f"{what}; written by {_writer(values)}, and gpt_jax {__version__} does not have it: use the version "
+        f"that wrote it"
+    )
+
+
+def _migrate_2(values: dict[str, Any]) -> None:
+    """Two settings were removed, and the bigram embedding of a large vocabulary has another hash."""
+    config = values.get("config")
+    groups = config if isinstance(config, dict) else {}
+    for name, without_effect in REMOVED.items():
+        group, key = groups.get(name.partition(".")[0]), name.partition(".")[2]
+        if isinstance(group, dict) and (value := group.pop(key, without_effect)) != without_effect:
+            raise _unsupported(f"{name} = {value!r}", values)
+    model, tokenizer = groups.get("model"), values.get("tokenizer")
+    if isinstance(model, dict) and model.get("bigram") and isinstance(tokenizer, str):
+        vocab_size = tokenizer_from_json(tokenizer).vocab_size
+        if (vocab_size + 1) * vocab_size > 2**14:
+            raise _unsupported(f"model.bigram with the old hash for {vocab_size:,} tokens", values)
+
+
+# By version: from its metadata to that of the next version.
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], None]] = {2: _migrate_2}
+
+
+def _writer(values: dict[str, Any]) -> str:
+    versions = values.get("versions")
+    found = versions.get("gpt_jax") if isinstance(versions, dict) else None
+    return f"gpt_jax {found}" if isinstance(found, str) else "another version of gpt_jax"

@@ -1,9 +1,22 @@
-"""The names of the files in a run's folder."""
+"""A run's folder: the names of its files, and its lock, with which one process at a time trains there."""
 
+import errno
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from gpt_jax.errors import UserError
+from gpt_jax.files import sync
+
 CONFIG, FACTS, METRICS = "config.json", "run.json", "metrics.jsonl"
-PLOT, SAMPLES, LOCK = "loss.png", "samples.txt", "lock"
+PLOT, SAMPLES = "loss.png", "samples.txt"
+LOCK, HOLDER = "lock", "lock.holder"  # the second says who holds the lock
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # of some network file systems
 
 
 def checkpoint_folder(workdir: Path) -> Path:
@@ -15,3 +28,39 @@ def has_checkpoint(workdir: Path) -> bool:
     """Whether a run has at least one complete checkpoint."""
     folder = checkpoint_folder(workdir)
     return folder.is_dir() and any(entry.name.isdecimal() for entry in folder.iterdir())
+
+
+@contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Make `workdir` if it does not exist, and lock it.
+
+    The system unlocks it however the process ends. A `UserError` names the process that holds the lock, or
+    says that nothing can be written there. Where a file system has no locks, there is only a warning.
+    """
+    lock, holder = FileLock(workdir / LOCK), workdir / HOLDER
+    try:
+        if not workdir.exists():
+            workdir.mkdir(parents=True, exist_ok=True)
+            sync(workdir.absolute().parent)
+        tempfile.TemporaryFile(dir=workdir).close()  # can anything be written?
+        lock.acquire(timeout=0)
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+    except Timeout:
+        who = holder.read_text(encoding="utf-8", errors="replace")[:200].strip() if holder.is_file() else ""
+        raise UserError(
+            f"workdir = {workdir} is in use by {who or 'another process'}: wait for it, stop it, or choose "
+            f"another with --workdir"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            lock.release()
+            raise UserError(
+                f"workdir = {workdir} cannot be written ({error.strerror}): choose another with --workdir"
+            ) from None
+        print(f"WARNING: {workdir} cannot be locked ({error}): let no other process train there")
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # a failing disk must not hide the error that is on its way
+            holder.unlink(missing_ok=True)
+        lock.release()

@@ -1,124 +1,102 @@
-"""The training loop: it calls the compiled steps, and callbacks at intervals, which do everything else."""
+"""The training loop: calls of the compiled steps, one after another."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
+from gpt_jax.errors import UserError
+from gpt_jax.records import Record
 from gpt_jax.training.state import TrainState
 from gpt_jax.training.step import Metrics
 
 MAX_STEPS_PER_CALL = 100
-SECONDS_PER_CALL = 1.0  # about how long a call takes; between calls the loop reacts to signals
+SECONDS_PER_CALL = 1.0  # about how long a call takes; between calls a run reacts to signals
 
 # (state, n_steps, last_step) -> (state, metrics): a compiled `make_train_steps`, its other arguments given.
-Program = Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]
+Program = Callable[[TrainState, int, int], tuple[TrainState, Metrics]]
 
 
 class Stopped(Exception):  # noqa: N818
-    """A stop was requested while a callback, or a compilation, was under way."""
+    """A stop was requested; raised where the work under way can be abandoned and done again later."""
+
+
+class CallbackError(Exception):
+    """Carries what a callback of the user raised past the handlers of this package's own errors."""
+
+    def __init__(self, error: BaseException):
+        super().__init__(error)
+        self.error = error
 
 
 @dataclass
-class Moment:
-    """What a callback sees after a call of the program.
+class StepInfo:
+    """The state of a run after one call of the compiled training steps."""
 
-    Attributes:
-        step: updates done.
-        last_step: how many the run will have done in the end.
-        state: after these updates.
-        n_steps: updates of this call; 0: none, see `unfinished` of `train_loop`.
-        metrics: of this call, see `make_train_steps`; NumPy arrays.
-        seconds_per_step: of this call.
-        record: the metrics of this step by name, for metrics.jsonl; filled by the callbacks in their order.
-        is_last: whether the run is complete. A callback may set it, to end the run early.
-    """
-
-    step: int
-    last_step: int
-    state: TrainState
-    n_steps: int = 0
+    step: int  # updates done
+    last_step: int  # updates of the whole run
+    state: TrainState  # after these updates. The next call donates it: copy what you keep
+    n_steps: int = 0  # updates of this call; 0 where a resumed run completes an evaluation first
+    # What this call returned, see `make_train_steps`: NumPy arrays. Empty where `n_steps` is 0.
     metrics: Metrics = field(default_factory=dict)
-    seconds_per_step: float = 0.0
-    record: dict[str, float] = field(default_factory=dict)
-    is_last: bool = False
+    seconds_per_step: float = 0.0  # the mean over this call
+    record: Record = field(default_factory=dict)  # the metrics of this step, as in metrics.jsonl
+    is_last: bool = False  # whether the run ends with this step
 
     def __post_init__(self) -> None:
-        self.is_last = self.is_last or self.step == self.last_step
+        self.is_last = self.is_last or self.step >= self.last_step
+
+    def is_due(self, every: int) -> bool:
+        """Whether something is due that happens every N steps and after the last one; 0: always."""
+        return every == 0 or self.step % every == 0 or self.is_last
 
 
 @dataclass(frozen=True)
 class Callback:
-    """Something to do while training.
+    """A function for `gpt_jax.train(callbacks=...)` to call while it trains."""
 
-    Attributes:
-        call: what to do. It may raise `Stopped`.
-        every: after every so many steps and after the last one; 0: after each call of the program, whose
-            lengths vary.
-    """
-
-    call: Callable[[Moment], None]
+    call: Callable[[StepInfo], object]
+    # Call it after every N steps and after the last; 0: after each call, about once a second.
     every: int = 0
 
-    def is_due(self, moment: Moment) -> bool:
-        """Whether to call it now."""
-        return self.every == 0 or moment.step % self.every == 0 or moment.is_last
+    def __post_init__(self) -> None:
+        if not callable(self.call):
+            raise UserError(f"callback {self.call!r} must be a function of a StepInfo")
+        if type(self.every) is not int or self.every < 0:
+            raise UserError(f"every = {self.every!r} of a callback must be a whole number, 0 or above")
+
+
+def next_multiple(step: int, *intervals: int) -> int:
+    """The first number above `step` that one of the intervals divides."""
+    return min(step - step % every + every for every in intervals)
 
 
 def train_loop(
     program: Program,
-    begin: Moment,
-    callbacks: Sequence[Callback],
-    is_stopped: Callable[[], bool],
-    on_not_finite: Callable[[Moment], NoReturn],
-    until: int | None = None,
-    is_unfinished: bool = False,
-) -> tuple[Moment, bool]:
-    """Train from `begin.step` updates to `begin.last_step`, or until stopped.
+    begin: StepInfo,
+    boundary: Callable[[int], int],
+    max_steps: int = MAX_STEPS_PER_CALL,
+) -> Iterator[StepInfo]:
+    """Train from `begin.step` updates to `begin.last_step`, in calls of `max_steps` or fewer.
 
-    A call of the program ends where a callback with an interval is due, so that it sees exactly that step.
-
-    Args:
-        program: makes updates.
-        begin: where to begin; its state is donated.
-        callbacks: called after the updates, in this order.
-        is_stopped: asked before each call; true ends the loop.
-        on_not_finite: called instead of the callbacks when an update was not made because it would not be
-            finite; raises.
-        until: end after this step, although the run goes on.
-        is_unfinished: whether a stop interrupted the callbacks of `begin`: they are called first.
-
-    Returns:
-        The newest moment, and whether a stop interrupted its callbacks.
+    `boundary` gives the next step, after a given one, at which a call has to end. The state of `begin` is
+    donated. The caller may change `last_step` and `is_last` of what is yielded; the next call reads them.
+    A non-finite update is skipped: fewer steps are done than requested, `metrics["is_finite"]` is False, and
+    the loop ends.
     """
-    moment, steps_per_call = begin, 1
-    until = begin.last_step if until is None else min(until, begin.last_step)
-    intervals = [callback.every for callback in callbacks if callback.every]
-    try:
-        if is_unfinished:
-            _call_back(callbacks, moment)
-        while moment.step < until and not moment.is_last and not is_stopped():
-            step = moment.step
-            n_steps = min(steps_per_call, until - step, *(every - step % every for every in intervals))
-            begun = time.monotonic()
-            state, metrics = program(moment.state, np.int32(n_steps), np.int32(begin.last_step))
-            metrics = jax.device_get(metrics)
-            seconds_per_step = (time.monotonic() - begun) / n_steps
-            n_done = int(metrics["steps"])
-            moment = Moment(step + n_done, begin.last_step, state, n_done, metrics, seconds_per_step)
-            if n_done < n_steps:
-                on_not_finite(moment)
-            _call_back(callbacks, moment)
-            steps_per_call = int(np.clip(SECONDS_PER_CALL / seconds_per_step, 1, MAX_STEPS_PER_CALL))
-    except Stopped:
-        return moment, True
-    return moment, False
-
-
-def _call_back(callbacks: Sequence[Callback], moment: Moment) -> None:
-    for callback in callbacks:
-        if callback.is_due(moment):
-            callback.call(moment)
+    info, steps_per_call = begin, 1
+    while info.step < info.last_step and not info.is_last:
+        n_steps = min(steps_per_call, info.last_step - info.step, boundary(info.step) - info.step)
+        begun = time.monotonic()
+        state, metrics = program(info.state, n_steps, info.last_step)
+        metrics = jax.device_get(metrics)
+        per_step = (time.monotonic() - begun) / n_steps
+        n_done = int(metrics["steps"])
+        metrics["is_finite"] = n_done == n_steps
+        info = StepInfo(info.step + n_done, info.last_step, state, n_done, metrics, per_step)
+        yield info
+        if n_done < n_steps:
+            return
+        steps_per_call = int(np.clip(SECONDS_PER_CALL / per_step, 1, max_steps))

@@ -1,7 +1,7 @@
 """The learning-rate schedule and the optimizer, composed from optax's parts."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,8 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from gpt_jax.config import OptimizerConfig
-from gpt_jax.model.layers import Params, is_matrix
+from gpt_jax.model.layers import Params
+from gpt_jax.model.params import is_matrix
 
 # Which axes of a kernel are its inputs and which its outputs. Along the other axes (layers; q, k and v) lie
 # separate matrices.
@@ -20,18 +21,12 @@ _MUON_AXES = {
     "down": MuonDimensionNumbers(reduction_axis=1, output_axis=2),  # [L, F, D]
 }
 
-MEDIAN_WINDOW = 64  # the number of gradient norms that a new one is compared with
-MIN_NORMS = 16  # with fewer, nothing is skipped
-
 
 def make_schedule(config: OptimizerConfig, steps: int | jax.Array, peak: float) -> optax.Schedule:
-    """The learning rate as a function of the number of updates done.
+    """The learning rate as a function of the number of updates done; `peak` is that after the warm-up.
 
-    Args:
-        config: the settings.
-        steps: of the whole run. It may be traced, which optax's own schedules do not allow: one compiled
-            program then serves runs of every length.
-        peak: the learning rate after the warm-up.
+    `steps`, of the whole run, may be traced, which optax's own schedules do not allow: one compiled program
+    then serves runs of every length.
     """
     warmup, ratio = config.warmup_steps, config.min_lr_ratio
 
@@ -54,11 +49,8 @@ def make_schedule(config: OptimizerConfig, steps: int | jax.Array, peak: float) 
 def make_optimizer(config: OptimizerConfig, steps: int | jax.Array) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW; or Muon for the matrices of the blocks and AdamW for the rest.
 
-    Sources: AdamW (Loshchilov and Hutter 2019); Muon (Jordan et al. 2024), as in `optax.contrib`.
-
-    Args:
-        config: the settings.
-        steps: of the whole run; may be traced, see `make_schedule`.
+    Sources: AdamW (Loshchilov and Hutter 2019); Muon (Jordan et al. 2024), as in `optax.contrib`. `steps` may
+    be traced, see `make_schedule`.
     """
     schedule = make_schedule(config, steps, config.learning_rate)
     adamw = partial(optax.adamw, schedule, b1=config.b1, b2=config.b2, eps=config.eps, mask=is_matrix)
@@ -77,48 +69,7 @@ def make_optimizer(config: OptimizerConfig, steps: int | jax.Array) -> optax.Gra
             adam = adamw(weight_decay=config.embedding_decay, nesterov=True)  # as Muon's own momentum
             optimizer = optax.partition({"muon": muon, "adam": adam}, _muon_or_adam)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    optimizer = optax.chain(clip, optimizer)
-    return skip_spikes(optimizer, config.skip_grad_norm_factor) if config.skip_grad_norm_factor else optimizer
-
-
-class SkipSpikesState(NamedTuple):
-    """State of `skip_spikes`: the newest gradient norms [M], how many were seen, how many were skipped."""
-
-    norms: jax.Array
-    seen: jax.Array
-    skipped: jax.Array
-    inner_state: Any
-
-
-def skip_spikes(inner: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
-    """Skip an update, and keep the optimizer's state, when the norm of the gradient is a spike.
-
-    A spike is a norm above `factor` times the median of the newest `MEDIAN_WINDOW` norms. Spikes are among
-    these norms, so a lasting rise is not skipped forever.
-    """
-
-    def init(params: Params) -> SkipSpikesState:
-        return SkipSpikesState(jnp.zeros(MEDIAN_WINDOW), jnp.int32(0), jnp.int32(0), inner.init(params))
-
-    def update(
-        gradient: Params, state: SkipSpikesState, params: Params | None = None
-    ) -> tuple[Params, SkipSpikesState]:
-        norms_M, seen, skipped, inner_state = state
-        norm = optax.tree.norm(gradient)
-        median = jnp.nanmedian(jnp.where(jnp.arange(MEDIAN_WINDOW) < seen, norms_M, jnp.nan))
-        spike = (seen >= MIN_NORMS) & (norm > factor * median)
-        updates, new_state = inner.update(gradient, inner_state, params)
-        updates = jax.tree.map(lambda u: jnp.where(spike, jnp.zeros_like(u), u), updates)
-        new_state = jax.tree.map(lambda old, new: jnp.where(spike, old, new), inner_state, new_state)
-        norms_M = norms_M.at[seen % MEDIAN_WINDOW].set(norm)
-        return updates, SkipSpikesState(norms_M, seen + 1, skipped + spike, new_state)
-
-    return optax.GradientTransformation(init, update)
-
-
-def count_skipped(opt_state: Any) -> jax.Array:
-    """How many updates `skip_spikes` has skipped so far; 0 if it is not used."""
-    return opt_state.skipped if isinstance(opt_state, SkipSpikesState) else jnp.int32(0)
+    return optax.chain(clip, optimizer)
 
 
 def _muon_or_adam(params: Params) -> Params:

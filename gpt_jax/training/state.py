@@ -1,4 +1,4 @@
-"""The state of training: parameters, optimizer state, moving average, and the step."""
+"""The state of training: parameters, optimizer state, and the step."""
 
 from typing import Any
 
@@ -22,23 +22,14 @@ class TrainState(struct.PyTreeNode):
         step: int32 scalar, updates done.
         params: float32.
         opt_state: optax's.
-        ema_params: moving average of `params`; None without one.
     """
 
     step: jax.Array
     params: Params
     opt_state: Any
-    ema_params: Params | None
-
-    @property
-    def eval_params(self) -> Params:
-        """The parameters to evaluate and to sample with: the average where there is one."""
-        return self.params if self.ema_params is None else self.ema_params
 
 
-def abstract_state(
-    model: GPT, optimizer: optax.GradientTransformation, keep_ema: bool, mesh: Mesh
-) -> TrainState:
+def abstract_state(model: GPT, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of the state, without its values: the target of a restore."""
     params = abstract_params(model, mesh)
     # Moments are split like their parameters; counters are replicated.
@@ -54,24 +45,16 @@ def abstract_state(
         step=_with_sharding(jax.ShapeDtypeStruct((), jnp.int32), replicated(mesh)),
         params=params,
         opt_state=opt_state,
-        ema_params=params if keep_ema else None,
     )
 
 
-def init_state(
-    model: GPT, optimizer: optax.GradientTransformation, keep_ema: bool, mesh: Mesh, key: jax.Array
-) -> TrainState:
+def init_state(model: GPT, optimizer: optax.GradientTransformation, mesh: Mesh, key: jax.Array) -> TrainState:
     """The initial state, computed under jit so that each device only holds its part."""
-    target = abstract_state(model, optimizer, keep_ema, mesh)
+    target = abstract_state(model, optimizer, mesh)
 
     def make(key: jax.Array) -> TrainState:
         params = nn.unbox(init_params(model, key))
-        return TrainState(
-            step=jnp.int32(0),
-            params=params,
-            opt_state=optimizer.init(params),
-            ema_params=jax.tree.map(jnp.copy, params) if keep_ema else None,
-        )
+        return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
 
     return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, target))(key)
 

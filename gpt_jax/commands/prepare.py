@@ -1,0 +1,48 @@
+"""The command prepare."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpt_jax.commands.arguments import ArgumentParser
+from gpt_jax.config import DataConfig
+from gpt_jax.data.documents import find_documents
+from gpt_jax.data.prepare import prepare
+from gpt_jax.data.token_files import known, open_tokens, verify
+from gpt_jax.errors import UserError
+from gpt_jax.monitor.terminal import LoadingBar
+
+PURPOSE = """\
+Tokenize texts once, into a folder that runs read in constant memory. The same
+command continues where a killed one ended. Training takes the folder as
+--config.data.path."""
+EXAMPLES = ("texts --tokenizer bpe:8192 --out data/mine", "data/mine --verify")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the flags, and write or verify the folder."""
+    parser = ArgumentParser("prepare", PURPOSE, EXAMPLES)
+    flag = parser.add_argument
+    flag("path", type=Path, metavar="FILES", help="a text file, a folder, or a pattern in quotes")
+    flag("--tokenizer", metavar="NAME", default="char", help="char, byte, gpt2, bpe:N, or a tokenizer.json")
+    flag("--out", type=Path, metavar="DIR", help="the folder to write")
+    flag("--train_fraction", type=float, metavar="X", default=0.9, help="of the text (%(default)s)")
+    flag("--verify", action="store_true", help="check every byte of a folder that was prepared")
+    flags = parser.parse_args(arguments)
+    path = flags.path.expanduser()
+    if flags.verify:
+        verify(path)
+        print(f"verified   {path}: every byte is as it was prepared, every id in the vocabulary")
+        return 0
+    if flags.out is None:
+        raise UserError("--out is missing: name the folder to write")
+    DataConfig(train_fraction=flags.train_fraction)  # checks it
+    out = flags.out.expanduser()
+    with LoadingBar() as progress:
+        prepare(find_documents(path), flags.tokenizer, out, flags.train_fraction, progress)
+    data = open_tokens(out, [], flags.train_fraction, known)
+    print(f"written    {out}: {len(data.train):,} training tokens, {len(data.val):,} validation tokens")
+    print(
+        f"tokenizer  {data.tokenizer.name}, vocabulary of {data.tokenizer.vocab_size:,}, split {data.split}"
+    )
+    print(f"to train   python -m gpt_jax train --config FILE --config.data.path={out}")
+    return 0

@@ -1,0 +1,41 @@
+"""The numbers of a run by name: a record is what one line of metrics.jsonl says of a step."""
+
+import contextlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, float]
+
+
+def selection_loss(record: Mapping[str, Any]) -> float | None:
+    """The validation loss that decides which step is the best: on a part of the split, where there is one."""
+    part: float | None = record.get("val_loss_part")
+    return record.get("val_loss") if part is None else part
+
+
+def selection_key(record: Mapping[str, Any], step: float) -> tuple[float, float]:
+    """Sorts steps from the best to the worst: by finite `selection_loss`, then newest first."""
+    loss = selection_loss(record)
+    return loss if type(loss) is float and math.isfinite(loss) else math.inf, -step
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The records of a `metrics.jsonl`, without lines that are incomplete or damaged."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            records.append(json.loads(line))
+    return list(filter(_is_record, records))
+
+
+def _is_record(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() >= {"step", "seconds", "train_loss"}
+        and all(type(number) in (int, float) for number in value.values())
+    )
