@@ -23,12 +23,12 @@ from facts import REPOSITORY
 from gpt_jax.monitor.metrics import read_metrics
 from gpt_jax.storage.checkpoints import Checkpoints
 
-ITEMS = ("params", "opt_state", "ema_params")
+ITEMS = ("params", "opt_state")
 TIMING = ("seconds", "tokens_per_second")
-# A model of seconds with all that must survive: a moving average, dropout, skipped spikes, micro-batches.
+# A model of seconds with all that must survive: dropout, micro-batches.
 SETTINGS: dict[str, Any] = {
     "model.n_layer": 1, "model.d_model": 16, "model.n_head": 2, "model.context": 16, "model.dropout": 0.1,
-    "optimizer.ema_decay": 0.9, "optimizer.skip_grad_norm_factor": 1.5, "optimizer.warmup_steps": 2,
+    "optimizer.warmup_steps": 2,
     "train.steps": 40, "train.batch_size": 8, "train.grad_accum_steps": 2, "train.eval_every": 10,
     "train.log_every": 3, "train.sample_length": 10, "train.save_minutes": 1e-6,
 }  # fmt: skip

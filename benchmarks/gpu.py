@@ -126,7 +126,7 @@ def nvidia_smi() -> list[str]:
 
 
 def record_4(bench: Bench, result: Result) -> None:
-    """The time to 1.4697, by the recipe of five minutes on a CPU: its 1,000 steps come to 1.460 or less."""
+    """The time to 1.4697, by the recipe of five minutes on a CPU: its 1,000 steps reach 1.460 or less."""
     train(bench, SMALL, "record_4", result, "--config.train.steps=1000", *OFTEN, target=1.4697)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every GPU record and every GPU benchmark, unattended, in less than nine minutes:
+# Every GPU record and every GPU benchmark, unattended, with time limits of less than nine minutes in all:
 #
 #     bash benchmarks/gpu.sh [--dry] [DIR]
 #

@@ -5,8 +5,8 @@
 One run after another is trained to its end by `train.py`, each disturbed at random instants: SIGKILL,
 SIGTERM or Ctrl-C (often twice), and between two processes now and then a damaged file in the newest
 checkpoint. Two thirds of the runs have long evaluations, and most of their faults come in the four seconds
-after the first one begins. At its end a run must equal the undisturbed one bit for bit: parameters, moving
-average, optimizer state, metrics, samples, and the losses of its best checkpoint. Prints a line for each run,
+after the first one begins. At its end a run must equal the undisturbed one bit for bit: parameters,
+optimizer state, metrics, samples, and the losses of its best checkpoint. Prints a line for each run,
 and the counts at the end; exit status 1 if anything differs.
 """
 

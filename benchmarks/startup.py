@@ -22,10 +22,10 @@ from pathlib import Path
 from contest import begin_report, make_parser, print_table, write_report
 from facts import REPOSITORY
 
-from gpt_jax.commands.paths import ARTIFACTS
 from gpt_jax.commands.run_main import run_main
 from gpt_jax.errors import RunError, UserError
 from gpt_jax.monitor.metrics import read_metrics
+from gpt_jax.paths import ARTIFACTS
 
 WORKER = REPOSITORY / "benchmarks" / "worker_startup.py"
 PARTS = ("import", "data", "compile", "rest")

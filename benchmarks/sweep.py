@@ -32,19 +32,21 @@ import optax
 from facts import check_writable, commit, machine
 from flax import linen as nn
 
-from gpt_jax.commands.paths import text_file
+from gpt_jax.checks import unknown_setting
 from gpt_jax.commands.run_main import run_main
-from gpt_jax.config import Config, flatten, unknown_setting
-from gpt_jax.data.corpus import Corpus, load_corpus
+from gpt_jax.config import Config, flatten
+from gpt_jax.data.batches import TokenWindows
+from gpt_jax.data.corpus import load_corpus
+from gpt_jax.data.tokens import Corpus
 from gpt_jax.errors import UserError
-from gpt_jax.model.loss import make_loss_of_tokens
+from gpt_jax.model.loss import loss_of_tokens, next_token_loss
 from gpt_jax.model.params import count_params, init_params
 from gpt_jax.model.transformer import GPT
 from gpt_jax.parallel.devices import describe_devices
-from gpt_jax.parallel.mesh import make_mesh
+from gpt_jax.paths import text_file
+from gpt_jax.plan import make_plan
 from gpt_jax.rng import INIT_STREAM, stream
 from gpt_jax.training.optimizer import make_optimizer
-from gpt_jax.training.resume import resolve
 from gpt_jax.training.state import TrainState
 from gpt_jax.training.step import train_step
 
@@ -112,46 +114,45 @@ def train_together(configs: list[Config], corpus: Corpus) -> tuple[list[list[Eva
         what is not finite); the seconds that all took, compilation left out; and the parameters of one
         model.
     """
-    mesh = make_mesh(configs[0].mesh, jax.devices()[:1])
-    config = resolve(configs[0], mesh)
-    model = GPT(config.model, corpus.tokenizer.vocab_size, mesh=mesh)
+    plan = make_plan(configs[0], devices=jax.devices()[:1])
+    config = plan.config
+    model = GPT(plan.config.model, corpus.tokenizer.vocab_size, plan.execution)
     seeds_R = jnp.array([c.seed for c in configs], jnp.uint32)
     traced_R = {name: jnp.array([getattr(c.optimizer, name) for c in configs]) for name in TRACED}
-    keep_ema = config.optimizer.ema_decay > 0
 
     def init(seed: jax.Array, traced: dict[str, jax.Array]) -> TrainState:
         params = nn.unbox(init_params(model, stream(seed, INIT_STREAM)))
         optimizer = with_arrays(config, traced)
-        ema_params = jax.tree.map(jnp.copy, params) if keep_ema else None
-        return TrainState(jnp.int32(0), params, optimizer.init(params), ema_params)
+        return TrainState(jnp.int32(0), params, optimizer.init(params))
 
     def train(
-        state: TrainState, seed: jax.Array, traced: dict[str, jax.Array], tokens_N: jax.Array, n: jax.Array
+        state: TrainState, seed: jax.Array, traced: dict[str, jax.Array], source: TokenWindows, n: jax.Array
     ) -> TrainState:
         optimizer = with_arrays(config, traced)
 
         def body(_: int, state: TrainState) -> TrainState:
-            return train_step(state, tokens_N, seed, config, model, optimizer)[0]
+            return train_step(state, source, seed, plan, model, optimizer, next_token_loss)[0]
 
         return jax.lax.fori_loop(0, n, body, state)
 
     states = jax.jit(jax.vmap(init))(seeds_R, traced_R)
-    tokens_N = jnp.asarray(corpus.train)
+    source = TokenWindows(jnp.asarray(corpus.train), config.train.batch_size, config.model.context)
     train_all = jax.jit(jax.vmap(train, in_axes=(0, 0, 0, None, None)), donate_argnums=0)
-    compiled = train_all.lower(states, seeds_R, traced_R, tokens_N, jnp.int32(1)).compile()
-    loss_of_tokens = make_loss_of_tokens(model, config.train.batch_size // config.train.grad_accum_steps)
+    compiled = train_all.lower(states, seeds_R, traced_R, source, jnp.int32(1)).compile()
 
     evaluations: list[list[Evaluation]] = [[] for _ in configs]
     begun, step = time.monotonic(), 0
     while step < config.train.steps:
         n = min(config.train.eval_every, config.train.steps - step)
-        states = compiled(states, seeds_R, traced_R, tokens_N, jnp.int32(n))
+        states = compiled(states, seeds_R, traced_R, source, jnp.int32(n))
         step += n
         for run in range(len(configs)):
-            params = jax.tree.map(lambda leaf, run=run: leaf[run], states.eval_params)
+            params = jax.tree.map(lambda leaf, run=run: leaf[run], states.params)
             # An update that is not finite is left out, and the same one is tried from there on.
             came_so_far = int(states.step[run]) == step
-            loss = loss_of_tokens(params, corpus.val) if came_so_far else float("nan")
+            loss = float("nan")
+            if came_so_far:
+                loss = loss_of_tokens(model, params, corpus.val, plan.micro_batch_size)
             evaluations[run].append((step, round(loss, 5) if np.isfinite(loss) else None))
     return evaluations, time.monotonic() - begun, count_params(params)
 

@@ -32,10 +32,10 @@ from typing import Any
 
 from facts import OURS, REPOSITORY, check_writable, commit, machine, versions
 
-from gpt_jax.commands.paths import ARTIFACTS
 from gpt_jax.commands.run_main import run_main
 from gpt_jax.errors import RunError, UserError
 from gpt_jax.monitor.metrics import read_metrics
+from gpt_jax.paths import ARTIFACTS
 
 Evaluation = dict[str, float]  # "step", "loss", and "seconds" since the process was started
 EvaluationsAfter = Callable[[str], list[Evaluation]]

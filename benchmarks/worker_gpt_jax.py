@@ -20,10 +20,13 @@ import numpy as np
 from flax import linen as nn
 
 from gpt_jax.config import Config
+from gpt_jax.data.batches import TokenWindows
+from gpt_jax.model.loss import next_token_loss
 from gpt_jax.model.params import count_params, init_params
 from gpt_jax.model.transformer import GPT
 from gpt_jax.parallel.devices import describe_devices
-from gpt_jax.parallel.mesh import make_mesh
+from gpt_jax.parallel.execution import resolve_execution
+from gpt_jax.plan import make_plan
 from gpt_jax.sampling.generate import generate_tokens
 from gpt_jax.sampling.rules import make_rules
 from gpt_jax.training.optimizer import make_optimizer
@@ -94,15 +97,16 @@ def kibibytes(status: Path, name: str) -> int:
 
 def compile_training(config: Config, shape: dict[str, Any], n_steps: int) -> tuple[Any, list[Any], Any]:
     """The compiled steps, their arguments, the state first, and facts."""
-    mesh = make_mesh(config.mesh)
-    model = GPT(config.model, shape["vocab_size"], mesh)
+    plan = make_plan(config)
+    model = GPT(plan.config.model, shape["vocab_size"], plan.execution)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    state = init_state(model, optimizer, False, mesh, jax.random.key(0))
+    state = init_state(model, optimizer, plan.mesh, jax.random.key(0))
     tokens = np.random.default_rng(0).integers(0, shape["vocab_size"], 2**20).astype(np.uint16)
     numbers = (np.uint32(0), np.int32(n_steps), np.int32(config.train.steps))
-    arguments = [state, jnp.asarray(tokens), *numbers]
+    source = TokenWindows(jnp.asarray(tokens), config.train.batch_size, config.model.context)
+    arguments = [state, source, *numbers]
     begun = time.monotonic()
-    program = make_train_steps(config, model, state, n_steps).lower(*arguments).compile()
+    program = make_train_steps(plan, model, next_token_loss, state, n_steps).lower(*arguments).compile()
     facts = {"compile_seconds": time.monotonic() - begun, "parameters": count_params(state.params)}
     return program, arguments, facts
 
@@ -110,7 +114,8 @@ def compile_training(config: Config, shape: dict[str, Any], n_steps: int) -> tup
 def sample(task: dict[str, Any]) -> Prepared:
     """`length` tokens for each of `rows` prompts."""
     shape = task["shape"]
-    model = GPT(config_of(shape).model, shape["vocab_size"])
+    config = config_of(shape).model
+    model = GPT(config, shape["vocab_size"], resolve_execution(config))
     params = nn.unbox(jax.jit(lambda key: init_params(model, key))(jax.random.key(0)))
     prompt_BxP = np.zeros((task["rows"], task["prompt"]), np.int32)
 

@@ -22,7 +22,8 @@ from gpt_jax.commands.run_main import run_main  # noqa: E402
 if COMMAND == "sample":
     from gpt_jax.commands import sample
 else:
-    from gpt_jax.commands import train, training_run
+    from gpt_jax.commands import train
+    from gpt_jax.trainer import run
 
 IMPORTED = time.monotonic()
 SPANS: dict[str, list[tuple[float, float]]] = {"data": [], "compile": []}
@@ -57,7 +58,7 @@ def timed(read: Callable[..., Any]) -> Callable[..., Any]:
 def main() -> Any:
     """Run the command, and write the moments."""
     try:
-        return sample.main() if COMMAND == "sample" else train.main(STARTED)
+        return sample.main() if COMMAND == "sample" else train.main(started=STARTED)
     finally:
         FILE.write_text(json.dumps({"imported": IMPORTED, "hits": HITS, **SPANS}), encoding="utf-8")
 
@@ -67,5 +68,5 @@ jax.monitoring.register_event_listener(note_hit)
 if COMMAND == "sample":
     sample.load = timed(sample.load)
 else:
-    training_run.load_corpus = timed(training_run.load_corpus)
+    run.load_corpus = timed(run.load_corpus)
 sys.exit(run_main(main))

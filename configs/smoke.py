@@ -1,8 +1,9 @@
-"""A tiny model to check in seconds that training, evaluation, sampling and saving work.
+"""A tiny model to check that training, evaluation, sampling and saving work.
 
     python train.py --config configs/smoke.py
 
-Expect: validation loss 3.195 after 8 to 20 s on two CPU cores (JAX 0.7.2, 0.9.2 and 0.12.0.1).
+Expect: validation loss 3.195 (JAX 0.7.2, 0.9.2 and 0.12.0.1) after about 30 s of CPU time on one Zen 3 core.
+With compiled programs in the cache it takes 12 s.
 """
 
 from ml_collections import ConfigDict
