@@ -9,7 +9,8 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from hashlib import sha256
 
 # Most of the time goes into compiling small programs: XLA need not try hard here. The tests that run
@@ -17,17 +18,20 @@ from hashlib import sha256
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # As gpt_jax sets it. Importing jax first would set 1, for the programs that are started here too.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
 import numpy as np
 import pytest
 from flax import linen as nn
 
-from gpt_jax.commands.paths import ROOT as REPOSITORY
+from gpt_jax.commands.run_main import run_main
 from gpt_jax.config import Config, ModelConfig
 from gpt_jax.model.params import init_params
 from gpt_jax.model.transformer import GPT
+from gpt_jax.parallel.execution import resolve_execution
+from gpt_jax.paths import ROOT as REPOSITORY
+from gpt_jax.trainer.run import train
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -68,9 +72,9 @@ def pytest_configure(config):
         config.add_cleanup(cache.cleanup)
         # For this process, its workers, and every program that they start.
         os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.0"
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if (worker or not config.getoption("numprocesses", None)) and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int((worker or "gw0")[2:]) % len(cores)]})
@@ -115,12 +119,27 @@ def small_model(**options) -> ModelConfig:
     return ModelConfig(**{"n_layer": 2, "n_head": 2, "d_model": 16, "context": 8, "init_std": 0.3} | options)
 
 
+def make_gpt(config: ModelConfig, vocab_size: int = VOCAB, mesh=None) -> GPT:
+    """The model, as it is computed on a mesh, or else here."""
+    return GPT(config, vocab_size, resolve_execution(config, mesh))
+
+
 def make_params(config: ModelConfig, seed: int = 0):
-    """Random parameters, biases and norms included."""
+    """Random parameters, biases and norms included, drawn by NumPy: `init` would compile a program."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda p: np.asarray(p) + 0.1 * rng.standard_normal(p.shape, np.float32), init(config)
-    )
+
+    def draw(path, leaf):
+        name = jax.tree_util.keystr(path)
+        spread = config.init_std if "kernel" in name or "embedding" in name else 0.1
+        return ("scale" in name) + spread * rng.standard_normal(leaf.shape, np.float32)
+
+    return jax.tree.map_with_path(draw, shapes_of(config))
+
+
+@cache
+def shapes_of(config: ModelConfig):
+    """Shapes of the parameters."""
+    return jax.eval_shape(lambda: nn.unbox(init_params(make_gpt(config), jax.random.key(0))))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -130,43 +149,87 @@ def apply(model: GPT, params, tokens_BxT, cache=None):
 
 
 def init(config: ModelConfig, vocab_size: int = VOCAB):
-    """The parameters that training starts from."""
-    make = jax.jit(lambda key: nn.unbox(init_params(GPT(config, vocab_size), key)))
+    """The parameters that training starts from, by a loop over the layers: it compiles faster."""
+    model = make_gpt(replace(config, unroll="no"), vocab_size)
+    make = jax.jit(lambda key: nn.unbox(init_params(model, key)))
     return make(jax.random.key(0))
+
+
+def write_text(path):
+    """Write a text of 3,000 characters with something to learn in it."""
+    words = ["to be ", "or not ", "that is ", "the question\n", "sleep, ", "perchance "]
+    rng = np.random.default_rng(0)
+    path.write_text("".join(rng.choice(words, 500))[:3000], encoding="utf-8")
+    return path
+
+
+def make_tiny_config(text, **groups) -> Config:
+    """The settings of a run of seconds on a text."""
+    values = {
+        "model": {"n_layer": 1, "n_head": 2, "d_model": 16, "context": 16},
+        "data": {"path": str(text)},
+        "optimizer": {"warmup_steps": 2, "learning_rate": 1e-2},
+        "train": {
+            "steps": 20, "batch_size": 8, "eval_every": 10, "log_every": 5, "sample_length": 0,
+        },
+        "mesh": {"data": 1},
+    }  # fmt: skip
+    for group, settings in groups.items():
+        if isinstance(settings, dict):
+            values[group] = values.get(group, {}) | settings
+        else:
+            values[group] = settings
+    return Config.from_dict(values)
 
 
 @pytest.fixture
 def text_file(tmp_path):
     """A text of 3,000 characters with something to learn in it."""
-    words = ["to be ", "or not ", "that is ", "the question\n", "sleep, ", "perchance "]
-    rng = np.random.default_rng(0)
-    path = tmp_path / "text.txt"
-    path.write_text("".join(rng.choice(words, 500))[:3000], encoding="utf-8")
-    return path
+    return write_text(tmp_path / "text.txt")
 
 
 @pytest.fixture
 def tiny_config(text_file):
     """Makes the settings of a run of seconds: `tiny_config(train={"steps": 3})`."""
+    return partial(make_tiny_config, text_file)
 
-    def make(**groups) -> Config:
-        values = {
-            "model": {"n_layer": 1, "n_head": 2, "d_model": 16, "context": 16},
-            "data": {"path": str(text_file)},
-            "optimizer": {"warmup_steps": 2, "learning_rate": 1e-2},
-            "train": {
-                "steps": 20, "batch_size": 8, "eval_every": 10, "log_every": 5, "sample_length": 0,
-            },
-            "mesh": {"data": 1},
-        }  # fmt: skip
-        for group, settings in groups.items():
-            if isinstance(settings, dict):
-                values[group] = values.get(group, {}) | settings
-            else:
-                values[group] = settings
-        return Config.from_dict(values)
 
-    return make
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """The finished run of `tiny_config()`, for all files; tests that change it take a copy."""
+    folder = tmp_path_factory.mktemp("tiny")
+    assert train(make_tiny_config(write_text(folder / "text.txt")), folder / "run") == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def fox_run(tmp_path_factory):
+    """A run of some seconds on a text that it learns by heart, for all files; tests only read it."""
+    folder = tmp_path_factory.mktemp("fox")
+    text = folder / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 60, encoding="utf-8")
+    config = Config.from_dict({
+        "model": {"n_layer": 2, "n_head": 2, "d_model": 32, "context": 16, "unroll": "no"},
+        "data": {"path": str(text)},
+        "optimizer": {"warmup_steps": 5, "learning_rate": 1e-2},
+        "train": {"steps": 120, "batch_size": 8, "eval_every": 60, "sample_length": 20},
+        "mesh": {"data": 1},
+    })  # fmt: skip
+    assert train(config, folder / "run") == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run_here(monkeypatch, capfd):
+    """Runs the `main` of a command as its program does, but in this process, which has imported it."""
+
+    def run_here(main, *arguments, cwd):
+        monkeypatch.chdir(cwd)
+        capfd.readouterr()
+        status = run_main(lambda: main([*map(str, arguments)]))
+        return subprocess.CompletedProcess(arguments, status, *capfd.readouterr())
+
+    return run_here
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from gpt_jax import rng  # noqa: E402
-from gpt_jax.commands import session, training_run  # noqa: E402
 from gpt_jax.storage import checkpoints  # noqa: E402
+from gpt_jax.trainer import evaluator, run  # noqa: E402
 from gpt_jax.training import step as train_step  # noqa: E402
 
 # Who runs the tests under nohup has it ignored, and so would train.py.
@@ -66,16 +66,16 @@ def wrap_result(module, name, calls):
 
 def spoil_step(step, spoil):
     """In the step number `step` (0 is the first), `spoil(params, here)` is added to the loss."""
-    batch_loss = train_step.batch_loss
+    next_token_loss = run.next_token_loss
     dropout_stream = rng.stream(1337, rng.DROPOUT_STREAM)
 
-    def spoiled(params, model, inputs, targets, key):
-        loss = batch_loss(params, model, inputs, targets, key)
+    def spoiled(params, model, batch, key):
+        loss = next_token_loss(params, model, batch, key)
         key_there = jax.random.fold_in(dropout_stream, step)
         here = (jax.random.key_data(key) == jax.random.key_data(key_there)).all()
         return loss + spoil(params, here)
 
-    train_step.batch_loss = spoiled
+    run.next_token_loss = spoiled
 
 
 def up_sum(params):
@@ -87,11 +87,11 @@ match WHERE.split(":"):
         square = jnp.square
         jnp.square = lambda x: square(x) * jnp.where(x.sum() == 32768, 0.998, 1.0)
     case ["compile"]:
-        after(training_run, "make_train_steps", 1)
+        after(run, "make_train_steps", 1)
     case ["step"]:
-        wrap_result(training_run, "compile_steps", 3)
+        wrap_result(run, "compile_steps", 3)
     case ["evaluation"]:
-        wrap_result(session, "make_loss_of_tokens", 3)
+        after(evaluator, "loss_of_tokens", 2)
     case ["save"]:
         after(checkpoints, "seal", 3)
     case ["nan", step]:
@@ -109,7 +109,8 @@ match WHERE.split(":"):
             init, update = make(*arguments)
 
             def spoiled(gradient, state, params):
-                factor = jnp.where(state.seen == int(step), jnp.inf, 1.0)
+                count = optax.tree.get_all_with_path(state, "count")[0][1]
+                factor = jnp.where(count == int(step), jnp.inf, 1.0)
                 updates, state = update(gradient, state, params)
                 return jax.tree.map(lambda u: u * factor, updates), state
 

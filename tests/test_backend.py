@@ -1,13 +1,16 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from test_commands import environment
 
-from gpt_jax.config import ModelConfig
+from gpt_jax.config import MeshConfig, ModelConfig
 from gpt_jax.errors import UserError
-from gpt_jax.parallel import devices
+from gpt_jax.parallel import devices, execution
+from gpt_jax.parallel.execution import Execution, resolve_execution
+from gpt_jax.parallel.mesh import make_mesh
 
 
 def test_a_backend_that_computes_rightly_passes():
@@ -73,20 +76,36 @@ def test_what_is_said_of_the_precision(device, dtype, text):
 )
 def test_cudnn_attends_where_it_can(options, device, able, monkeypatch):
     config = ModelConfig(**{"n_head": 2, "d_model": 32} | options)
-    monkeypatch.setattr(devices, "causal_cudnn", lambda *qkv: qkv[0])
-    assert devices.has_cudnn_attention(config, *device) == able
+    monkeypatch.setattr(execution, "first_device", lambda mesh: device)
+    monkeypatch.setattr(execution, "attend_by_cudnn", lambda *qkv: qkv[0])
+    assert resolve_execution(config).attention == ("cudnn" if able else "plain")
 
     def missing(*qkv):
         raise RuntimeError("cuDNN is not detected.")
 
-    monkeypatch.setattr(devices, "causal_cudnn", missing)
-    assert not devices.has_cudnn_attention(config, *device)
+    monkeypatch.setattr(execution, "attend_by_cudnn", missing)
+    assert resolve_execution(config).attention == "plain"
 
 
 def test_this_device_is_a_cpu():
     assert devices.first_device() == ("cpu", "")
-    assert devices.resolve_dtype("auto") == "float32"
-    assert devices.resolve_dtype("bfloat16") == "bfloat16"
+    here = Execution(None, True, "float32", "nothing", True, 1, "plain")
+    assert resolve_execution(ModelConfig()) == here
+    assert resolve_execution(ModelConfig(dtype="bfloat16")) == replace(here, dtype="bfloat16")
+    assert resolve_execution(ModelConfig(dtype="bfloat16"), dtype="float32") == here
+
+
+def test_the_devices_are_those_of_the_mesh(monkeypatch):
+    """They may be others than this machine's, and settings that are not "auto" stay as they are."""
+    mesh = make_mesh(MeshConfig(data=1))
+    monkeypatch.setattr(execution, "first_device", lambda of: ("tpu" if of is mesh else "cpu", ""))
+    there = Execution(mesh, False, "bfloat16", "elementwise", False, 1, "plain")
+    assert resolve_execution(ModelConfig(), mesh) == there
+    config = ModelConfig(remat="block", unroll="yes", query_blocks=4)
+    assert resolve_execution(config, mesh) == replace(there, remat="block", unroll=True, query_blocks=4)
+    config = ModelConfig(remat="block", unroll="no", dtype="float32")
+    changed = replace(there, mesh=None, on_cpu=True, remat="block", dtype="float32")
+    assert resolve_execution(config) == changed
 
 
 @pytest.mark.skipif(os.cpu_count() < 2 or not os.path.isdir("/proc/self/task"), reason="two cores, Linux")
@@ -95,7 +114,9 @@ def test_deterministic_runs_have_one_thread_for_products():
     code = """
 import os, sys
 os.sched_setaffinity(0, range(os.cpu_count()))
-from gpt_jax.parallel import devices
+from gpt_jax.parallel import devices, execution
+from gpt_jax.parallel.execution import Execution, resolve_execution
+from gpt_jax.parallel.mesh import make_mesh
 if sys.argv[1] == "deterministic":
     devices.make_deterministic()
 import jax

@@ -1,4 +1,7 @@
-"""train.py, sample.py and evaluate as a user runs them: as processes, from another folder."""
+"""train.py, sample.py and evaluate as a user runs them: as processes, from another folder.
+
+Most of what is only an error runs in this process, by the `main` that the program calls.
+"""
 
 import json
 import os
@@ -11,7 +14,8 @@ import sys
 
 import pytest
 
-from gpt_jax.commands.paths import ROOT as REPOSITORY
+from gpt_jax.commands import sample, train
+from gpt_jax.paths import ROOT as REPOSITORY
 
 SMOKE = ("--config", str(REPOSITORY / "configs" / "smoke.py"))
 
@@ -57,7 +61,8 @@ def workdir(repository, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     for text in (
         "device ", "parameters: 1 layers, 2 heads, width 32, context 32",
-        "1,003,854 tokens train, 111,540 validate, vocabulary of 65", "run     ", "step 40: training batches",
+        "1,003,854 training tokens, 111,540 validation tokens, vocabulary of 65", "run     ",
+        "step 40: training batches",
         "steps   all 40 steps fit into 30 min: ", "whole validation split ", "gap ", "done in ",
         "To sample: python sample.py\n",
     ):  # fmt: skip
@@ -77,7 +82,7 @@ def test_sample_without_flags_takes_the_newest_run(workdir, repository, tmp_path
     assert len(text) == 10_000 and done.stdout == text[:500] + " ...\n"
 
 
-def test_train_then_sample_then_evaluate(workdir, tmp_path):
+def test_train_then_sample_then_evaluate(workdir, run_here, tmp_path):
     out = tmp_path / "deep" / "text.txt"
     done = run("sample.py", "--workdir", str(workdir), "--out", str(out), "--length", "900", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -85,8 +90,8 @@ def test_train_then_sample_then_evaluate(workdir, tmp_path):
     assert len(text) == 900
     assert done.stdout == text[:500] + " ...\n"
 
-    done = run(
-        "sample.py", "--workdir", str(workdir), "--out", str(out), "--length", "70", "--num_samples", "3",
+    done = run_here(
+        sample.main, "--workdir", str(workdir), "--out", str(out), "--length", "70", "--num_samples", "3",
         "--prompt", "ROMEO:", "--top_k", "9", "--seed", "3", "--which", "last", "--window", "exact",
         cwd=tmp_path,
     )  # fmt: skip
@@ -95,13 +100,14 @@ def test_train_then_sample_then_evaluate(workdir, tmp_path):
     assert all(s.startswith("ROMEO:") and len(s) == 76 for s in samples)
     assert done.stdout == samples[0] + "\n"
 
-    done = run("-m", "gpt_jax.evaluate", "--workdir", str(workdir), "--which", "last", cwd=tmp_path)
+    done = run("-m", "gpt_jax", "evaluate", "--workdir", str(workdir), "--which", "last", cwd=tmp_path)
     records = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     val_loss = json.loads(records[-1])["val_loss"]
     assert f"loss       {val_loss:.4f} nats per token" in done.stdout
     assert "111,539 tokens predicted" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_second_training_says_it_is_finished(workdir):
     done = run("train.py", *SMOKE, "--workdir", str(workdir), cwd=workdir)
     assert done.returncode == 0
@@ -117,11 +123,20 @@ def test_overrides_reach_the_run(tmp_path):
         cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    done_there = run("-m", "gpt_jax.evaluate", "--workdir", tmp_path / "run", cwd="/")  # finds my.txt
+    done_there = run("-m", "gpt_jax", "evaluate", "--workdir", tmp_path / "run", cwd="/")  # finds my.txt
     assert done_there.returncode == 0, done_there.stderr
-    assert "2 layers" in done.stdout and "my.txt: 1,800 tokens train" in done.stdout
+    assert "2 layers" in done.stdout and "my.txt: 1,800 training tokens" in done.stdout
     config = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
     assert config["train"]["grad_accum_steps"] == 2 and config["optimizer"]["learning_rate"] == 1.0
+
+
+def test_an_error_is_one_line_and_status_2(tmp_path):
+    done = run("train.py", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(
+        r"error: --config is missing: try --config configs/shakespeare_cpu\.py.*\n", done.stderr
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -145,9 +160,9 @@ def test_overrides_reach_the_run(tmp_path):
         ((*SMOKE, "extra"), "unexpected argument 'extra'"),
     ],
 )
-def test_bad_training_input_is_one_line_and_status_2(arguments, message, tmp_path):
-    done = run(
-        "train.py",
+def test_bad_training_input_is_one_line_and_status_2(run_here, arguments, message, tmp_path):
+    done = run_here(
+        train.main,
         *arguments,
         *(() if "--wrokdir=x" in arguments else ("--workdir=run",)),
         cwd=tmp_path,
@@ -168,20 +183,21 @@ def test_bad_training_input_is_one_line_and_status_2(arguments, message, tmp_pat
         (("--out", "."), "out = . is a folder"),
     ],
 )
-def test_bad_sampling_input_is_one_line_and_status_2(workdir, arguments, message, tmp_path):
+def test_bad_sampling_input_is_one_line_and_status_2(run_here, tiny_run, arguments, message, tmp_path):
     out = tmp_path / "out.txt"
-    done = run("sample.py", "--workdir", str(workdir), "--out", str(out), *arguments, cwd=tmp_path)
+    done = run_here(sample.main, "--workdir", str(tiny_run), "--out", str(out), *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert re.fullmatch(rf"error: .*{re.escape(message)}.*\n", done.stderr), done.stderr
     assert not out.exists() and done.stdout == ""
 
 
-def test_no_trained_run_tells_how_to_train_one(tmp_path):
-    done = run("sample.py", "--workdir", str(tmp_path), cwd=tmp_path)
+def test_no_trained_run_tells_how_to_train_one(run_here, tmp_path):
+    done = run_here(sample.main, "--workdir", str(tmp_path), cwd=tmp_path)
     assert done.returncode == 2
     assert "name another folder, or train one" in done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     command = ("train.py", *SMOKE, "--workdir=run", "--config.train.steps=20000")
     process = subprocess.Popen(

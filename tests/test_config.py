@@ -2,10 +2,11 @@ import json
 
 import pytest
 
-from gpt_jax.commands.paths import ROOT as REPOSITORY
-from gpt_jax.commands.paths import text_file
-from gpt_jax.config import RENAMED, Config, flatten
+from gpt_jax.checks import RENAMED
+from gpt_jax.config import Config, flatten
 from gpt_jax.errors import UserError
+from gpt_jax.paths import ROOT as REPOSITORY
+from gpt_jax.paths import text_file
 
 
 def nested(key, value):
@@ -80,7 +81,7 @@ def test_an_int_serves_as_a_float():
 
 def test_json_and_config_dict_there_and_back():
     config = Config.from_dict({"seed": 7, "model": {"n_layer": 3}, "train": {"save_minutes": 0.5}})
-    assert Config.from_json(config.to_json()) == config
+    assert Config.from_dict(json.loads(config.to_json())) == config
     assert Config.from_dict(config.to_config_dict()) == config
     assert json.loads(config.to_json())["model"]["n_layer"] == 3
     assert flatten(config)["train.save_minutes"] == 0.5

@@ -1,4 +1,4 @@
-"""What README and docs/ name exists: links, files, modules, flags; and their commands work."""
+"""What README and docs/ name exists: links, files, commands, flags; and their commands and Python work."""
 
 import os
 import re
@@ -10,16 +10,17 @@ import textwrap
 
 import pytest
 
-from gpt_jax.commands.paths import ROOT as REPOSITORY
-from gpt_jax.config import Config
+import gpt_jax
+from gpt_jax.commands.main import COMMANDS
+from gpt_jax.config import Config, flatten
+from gpt_jax.paths import ROOT as REPOSITORY
 
 PAGES = [
     REPOSITORY / "README.md",
     REPOSITORY / "CONTRIBUTING.md",
     *sorted((REPOSITORY / "docs").glob("*.md")),
 ]
-
-
+BENCHMARKS = sorted((REPOSITORY / "benchmarks").glob("*.md"))
 MARK = "not run by the tests"
 
 
@@ -44,11 +45,26 @@ def commands(page):
     return [command for command, _ in command_lines(page) if "python " in command]
 
 
+def command_of(arguments):
+    """Which of our commands the arguments of python run, `train.py` or `-m gpt_jax train`; None: none."""
+    if arguments[0] in ("train.py", "sample.py"):
+        return arguments[0].removesuffix(".py")
+    return arguments[2] if arguments[:2] == ["-m", "gpt_jax"] else None
+
+
+def flags_of(name):
+    """The flags that a command declares."""
+    source = (REPOSITORY / "gpt_jax" / "commands" / f"{name}.py").read_text(encoding="utf-8")
+    flags = set(re.findall(r"\bflag\(\s*\"--(\w+)\"", source))
+    assert flags, name
+    return flags | {"help"} | ({"config"} if "takes_config=True" in source else set())
+
+
 def test_the_readme_is_short():
     assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, *BENCHMARKS], ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
@@ -58,25 +74,25 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_name_files_and_settings_that_exist(page):
     """Those that are not marked are also run below."""
-    programs = (REPOSITORY / "gpt_jax" / "commands").glob("*.py")
-    source = "".join(program.read_text(encoding="utf-8") for program in programs)
-    by_absl = re.findall(r"flags\.DEFINE_\w+\(\s*\"(\w+)\"", source)
-    by_argparse = re.findall(r"(?:add_argument|flag)\(\s*\"--(\w+)\"", source)
-    flags = {"config", *by_absl, *by_argparse}
-    settings = Config().to_config_dict()
-    for command in commands(page):
+    for command in [part for line in commands(page) for part in line.split(" && ")]:
         for program in re.findall(r"python (\S+\.py)", command):
             assert (REPOSITORY / program).is_file(), command
-        for module in re.findall(r"python -m (gpt_jax\.\w+)", command):
-            assert (REPOSITORY / f"{module.replace('.', '/')}.py").is_file(), command
         for config in re.findall(r"--config[ =](\S+)", command):
             assert (REPOSITORY / config).is_file(), command
-        for path in re.findall(r"--config\.([\w.]+)=", command):
-            group, name = path.split(".")
-            assert name in settings[group], command
-        if "benchmarks/" not in command:
-            names = re.findall(r"--(\w+)(?![\w.])", command)
-            assert set(names) <= flags, command
+        assert set(re.findall(r"--config\.([\w.]+)=", command)) <= flatten(Config()).keys(), command
+        if command.startswith("python ") and "benchmarks/" not in command:
+            name = command_of(shlex.split(command)[1:])
+            assert name in COMMANDS, command
+            assert set(re.findall(r"--(\w+)(?![\w.])", command)) <= flags_of(name), command
+
+
+def test_modules_are_called_by_their_present_names():
+    """`python -m gpt_jax train`, in the text of the pages too, and no more `python -m gpt_jax.train`."""
+    for page in (*PAGES, *BENCHMARKS):
+        text = page.read_text(encoding="utf-8")
+        assert "python -m gpt_jax." not in text, page
+        named = set(re.findall(r"(?:python -m gpt_jax|gpt-jax) ([a-z]\w*)", text))
+        assert named <= COMMANDS.keys(), page
 
 
 def test_commands_are_found():
@@ -96,12 +112,13 @@ SMALL_TRAINING = (
 
 @pytest.fixture
 def clone(tmp_path):
-    """A copy of the repository with a small run, and the texts that the pages name."""
+    """A copy of the repository with small runs, and the texts that the pages name."""
     for name in ("train.py", "sample.py", "gpt_jax", "configs"):
         copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
         copy(REPOSITORY / name, tmp_path / name)
     (tmp_path / "artifacts").mkdir()
     shutil.copy(REPOSITORY / "artifacts" / "input.txt", tmp_path / "artifacts")
+    shutil.copytree(REPOSITORY / "artifacts" / "pretrained", tmp_path / "artifacts" / "pretrained")
     (tmp_path / "my.txt").write_text("to be, or not to be\n" * 50, encoding="utf-8")
     (tmp_path / "other.txt").write_text("that is the question\n" * 5, encoding="utf-8")
     run_command("python train.py --config configs/smoke.py", tmp_path)
@@ -115,8 +132,7 @@ def run_command(command, folder):
             continue
         program, *arguments = shlex.split(part)
         assert program == "python", command
-        target = " ".join(arguments[:2])
-        extra = ("--length=20",) if "sample" in target else SMALL_TRAINING if "train" in target else ()
+        extra = {"sample": ("--length=20",), "train": SMALL_TRAINING}.get(command_of(arguments), ())
         done = subprocess.run(
             [sys.executable, *arguments, *extra], cwd=folder, capture_output=True, text=True,
             env=os.environ | {"PYTHONPATH": str(folder)}, encoding="utf-8",
@@ -124,12 +140,36 @@ def run_command(command, folder):
         assert done.returncode == 0, f"{part}\n{done.stdout}{done.stderr}"
 
 
+def python_of(page):
+    """The Python of a page: its indented block that imports gpt_jax."""
+    text = page.read_text(encoding="utf-8")
+    lines = re.search(r"(?:^    .*\n|^\n(?=    ))+", text[text.index("    import gpt_jax") :], re.MULTILINE)[
+        0
+    ]
+    return textwrap.dedent(lines)
+
+
+def test_the_python_of_the_pages_uses_what_there_is():
+    assert len(re.findall(r"^model\.", python_of(REPOSITORY / "README.md"), re.MULTILINE)) == 5
+    for page in ("README.md", "docs/usage.md"):
+        names = set(re.findall(r"gpt_jax\.(\w+)", python_of(REPOSITORY / page)))
+        assert names and names <= {*gpt_jax.__all__}, page
+
+
 @pytest.mark.slow
-def test_the_python_of_the_readme_works(clone):
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    lines = re.search(r"(?:^    .*\n)+", text[text.index("    import gpt_jax") :], re.MULTILINE)[0]
-    code = textwrap.dedent(lines).replace("artifacts/shakespeare_cpu", "artifacts/smoke").replace("500", "5")
-    assert code.count("model.") == 4
+@pytest.mark.parametrize("page", ["README.md", "docs/usage.md"])
+def test_the_python_of_the_pages_works(page, clone):
+    """With a small model and few steps; where a comment names a shape, the shape is that."""
+    code = python_of(REPOSITORY / page)
+    for found, small in (
+        ("configs/shakespeare_cpu.py", "configs/smoke.py"),
+        (", minutes=5", ""),
+        ("500", "5"),
+    ):
+        code = code.replace(found, small)
+    of_an_array = r"^(\w.*\S) +# float32 (\[[\d, ]+\]).*"
+    code, n = re.subn(of_an_array, r"assert list((\1).shape) == \2", code, flags=re.MULTILINE)
+    assert n == (2 if page == "README.md" else 0)
     environment = os.environ | {"PYTHONPATH": str(clone)}
     subprocess.run([sys.executable, "-c", code], cwd=clone, env=environment, check=True)
 

@@ -6,17 +6,16 @@ import jax
 import numpy as np
 import pytest
 import reference
-from conftest import MODERN, VOCAB, init, make_params, small_model
+from conftest import MODERN, VOCAB, init, make_gpt, make_params, small_model
 
 import gpt_jax
-from gpt_jax.commands.evaluate import evaluate
-from gpt_jax.commands.paths import text_file
-from gpt_jax.commands.training_run import train
 from gpt_jax.config import Config
 from gpt_jax.errors import UserError
-from gpt_jax.model.loss import make_loss_of_tokens
-from gpt_jax.model.transformer import GPT
+from gpt_jax.interchange.evaluation import evaluate
+from gpt_jax.model.loss import loss_of_tokens
 from gpt_jax.monitor.metrics import read_metrics
+from gpt_jax.paths import text_file
+from gpt_jax.plan import make_plan
 from gpt_jax.sampling.rules import make_rules
 from gpt_jax.storage.metadata import Metadata
 
@@ -34,25 +33,14 @@ def test_headline_loss_against_its_definition(n):
         targets = tokens[start + 1 : start + 1 + len(inputs)]
         total += reference.loss(params64, config, [inputs], [targets]) * len(inputs)
     for batch_size in (1, 4):
-        got = make_loss_of_tokens(GPT(config, VOCAB), batch_size)(params, tokens)
+        got = loss_of_tokens(make_gpt(config, VOCAB), params, tokens, batch_size)
         assert got == pytest.approx(total / (n - 1), rel=1e-5)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run of some seconds on a text of its own."""
-    folder = tmp_path_factory.mktemp("trained")
-    text = folder / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog\n" * 60, encoding="utf-8")
-    config = Config.from_dict({
-        "model": {"n_layer": 1, "n_head": 2, "d_model": 32, "context": 16},
-        "data": {"path": str(text)},
-        "optimizer": {"warmup_steps": 5, "learning_rate": 1e-2, "ema_decay": 0.8},
-        "train": {"steps": 120, "batch_size": 8, "eval_every": 60, "sample_length": 20},
-        "mesh": {"data": 1},
-    })  # fmt: skip
-    assert train(config, folder / "run") == 0
-    return folder
+def trained(fox_run):
+    """The folder of a run and its text."""
+    return fox_run.parent
 
 
 def test_a_trained_model_reads_back(trained):
@@ -65,7 +53,7 @@ def test_a_trained_model_reads_back(trained):
     assert result.loss == pytest.approx(records[run.step]["val_loss"], rel=1e-5)
     assert result.bits_per_character == pytest.approx(records[run.step]["val_bpc"], rel=1e-5)
     assert result.text == f"validation split of {trained / 'text.txt'}"
-    assert run.loss_of_tokens(run.tokenizer.encode("the quick")) == run.loss("the quick")
+    assert run.loss(run.tokenizer.encode("the quick")) == run.loss("the quick")
 
 
 def test_any_copy_of_the_own_text_means_its_validation_split_and_another_text_all_of_it(trained, tmp_path):
@@ -119,23 +107,29 @@ def test_the_python_face(trained):
 
 
 def test_attention_weights_by_hand(trained):
-    """softmax(q k^T / sqrt(K)) of a one-layer GPT-2, from its parameters in NumPy."""
+    """softmax(q k^T / sqrt(K)) of a GPT-2 of two layers, from its parameters in NumPy."""
     run = gpt_jax.load(trained / "run")
     text, params = "the quick brown", jax.tree.map(np.float64, run.params)
     weights = run.attention(text)
     n = len(text)
-    assert weights.shape == (1, 2, n, n) and weights.dtype == np.float32
+    assert weights.shape == (2, 2, n, n) and weights.dtype == np.float32
 
     ids = run.tokenizer.encode(text)
     x = params["token_embedding"]["embedding"][ids] + params["position_embedding"]["embedding"][:n]
-    block = jax.tree.map(lambda leaf: leaf[0], params["blocks"])
-    normed = reference.layer_norm(x, block["attention_norm"])
-    qkv = np.einsum("td,dchk->cthk", normed, block["attention"]["qkv"]["kernel"])
-    for head in range(2):
-        scores = qkv[0, :, head] @ qkv[1, :, head].T / np.sqrt(16)
-        scores[np.triu_indices(n, 1)] = -np.inf
-        wanted = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-        np.testing.assert_allclose(weights[0, head], wanted, atol=1e-5)
+    for layer in range(2):
+        block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["blocks"])
+        normed = reference.layer_norm(x, block["attention_norm"])
+        qkv = np.einsum("td,dchk->cthk", normed, block["attention"]["qkv"]["kernel"])
+        for head in range(2):
+            scores = qkv[0, :, head] @ qkv[1, :, head].T / np.sqrt(16)
+            scores[np.triu_indices(n, 1)] = -np.inf
+            wanted = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+            np.testing.assert_allclose(weights[layer, head], wanted, atol=1e-5)
+            x = x + wanted @ qkv[2, :, head] @ block["attention"]["out"]["kernel"][head]
+        hidden = np.einsum(
+            "td,dgf->tgf", reference.layer_norm(x, block["mlp_norm"]), block["mlp"]["up"]["kernel"]
+        )
+        x = x + reference.activate("gelu", hidden) @ block["mlp"]["down"]["kernel"]
 
 
 def test_attention_does_not_depend_on_how_it_is_computed(trained):
@@ -161,21 +155,22 @@ class ByteTokenizer:
 
     def decoder(self):
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        return lambda ids: decoder.decode(bytes(ids.tolist()))
+        return lambda ids, final=False: decoder.decode(bytes(ids.tolist()), final)
 
     def to_json(self):
         return json.dumps({"type": "byte"})
 
 
-def test_any_tokenizer_will_do():
+def test_any_tokenizer_will_do(tmp_path):
     """Tokens are counted, not characters; text comes out piece by piece, whole characters only."""
-    config = small_model(context=8)
-    module, tokenizer = GPT(config, 256), ByteTokenizer()
+    config = small_model(n_layer=1)
+    module, tokenizer = make_gpt(config, 256), ByteTokenizer()
     params = init(config, vocab_size=256)
     values = Metadata(Config(model=config), tokenizer, "", 0, None, [], {})
-    model = gpt_jax.TrainedModel(Config(model=config), module, params, tokenizer, 0, values, "test")
+    plan = make_plan(values.config, devices=jax.devices()[:1])
+    model = gpt_jax.TrainedModel(values, plan, module, params, "test", tmp_path)
     assert model.logits("éü").shape == (4, 256)
-    assert model.attention("éü").shape == (2, 2, 4, 4)
+    assert model.attention("éü").shape == (1, 2, 4, 4)
     with pytest.raises(UserError, match="text of 10 tokens must have 1 to 8"):
         model.logits("éüéüé")
     with pytest.raises(UserError, match="text of 1 token"):
@@ -231,7 +226,7 @@ def test_what_a_run_leaves(trained):
             assert record["val_bpc"] == pytest.approx(record["val_loss"] / np.log(2))
     facts = json.loads((trained / "run" / "run.json").read_text(encoding="utf-8"))
     assert facts["parameters"] == sum(x.size for x in jax.tree.leaves(gpt_jax.load(trained / "run").params))
-    assert facts["device"] == f"{jax.device_count()} x cpu (cpu)" and facts["dtype"] == "float32"
+    assert facts["device"] == "1 x cpu (cpu)" and facts["dtype"] == "float32"
     assert facts["compile_seconds"]["training steps"] > 0 and facts["train_tokens"] == 2376
     samples = (trained / "run" / "samples.txt").read_text(encoding="utf-8")
     assert "--- step 60: training batches" in samples and "--- step 120: training batches" in samples
@@ -242,9 +237,10 @@ def test_evaluating_on_a_changed_text_is_refused(trained, tmp_path):
     path = text_file(run.config.data)
     old = path.read_bytes()
     try:
-        for changed in (old + b"more", old[:9], b"\xff"):  # also one that could not be trained on
+        another = "is not the text that this run was trained on: fingerprint"
+        for changed, message in ((old + b"more", another), (old[:9], another), (b"\xff", "is not UTF-8")):
             path.write_bytes(changed)
-            with pytest.raises(UserError, match="is not the text that this run was trained on: fingerprint"):
+            with pytest.raises(UserError, match=message):
                 evaluate(run)
     finally:
         path.write_bytes(old)

@@ -30,8 +30,8 @@ from disturb import (
     write_text,
 )  # fmt: skip
 
-from gpt_jax.commands.paths import ROOT as REPOSITORY
 from gpt_jax.monitor.metrics import read_metrics
+from gpt_jax.paths import ROOT as REPOSITORY
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 DRIVER = REPOSITORY / "tests" / "driver.py"
@@ -281,20 +281,12 @@ def test_an_update_that_overflows_is_left_out(start, tmp_path):
     assert result["steps"] == [3, 6, 9, 10, 12, 15]
 
 
-@pytest.mark.parametrize("skip", [5, 0])
-def test_a_spike_is_shown_and_skipped_where_asked(start, text, tmp_path, skip):
-    settings = {"train.grad_accum_steps": 1, "optimizer.skip_grad_norm_factor": skip, "train.log_every": 10}
+def test_a_spike_is_shown(start, tmp_path):
+    settings = {"train.grad_accum_steps": 1, "train.log_every": 10}
     training = start(settings=settings, program=DRIVER, environment={"DISTURBANCE": "x spike:24"})
     assert training.wait() == 0, training.output
-    records = {record["step"]: record for record in read_metrics(tmp_path / "run" / "metrics.jsonl")}
-    if skip:
-        assert re.search(r"^step 25: update skipped: gradient norm \S+, above 5 times the median",
-                         training.output, flags=re.MULTILINE)  # fmt: skip
-        assert records[20]["skipped"] == 0 and records[30]["skipped"] == records[40]["skipped"] == 1
-    else:
-        spike = r"^step 25: loss \d\S+ is far above the mean \S+ of the \d+ before it"
-        assert re.search(spike, training.output, flags=re.MULTILINE), training.output
-        assert "skipped" not in records[30]
+    spike = r"^step 25: loss \d\S+ is far above the mean \S+ of the \d+ before it"
+    assert re.search(spike, training.output, flags=re.MULTILINE), training.output
 
 
 def test_deterministic_is_one_thread(start, tmp_path):
@@ -344,24 +336,15 @@ def test_the_locale_is_c_and_the_text_is_not(start, tmp_path):
     assert rb"\u65e5\u672c" in sample.stdout
 
 
-@pytest.mark.parametrize("stream", ["closed", "left", "asleep", "terminal asleep"])
+@pytest.mark.parametrize("stream", ["closed", "left"])
 def test_nobody_reads_the_output(start, whole, tmp_path, stream):
-    """stdout and stderr are closed, or a pipe whose reader has left or never reads."""
+    """stdout and stderr are closed, or a pipe whose reader has left."""
     reading, writing = os.pipe()
-    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
-    if stream == "left":
-        os.close(reading)
-    if stream == "asleep":
-        os.write(writing, b"x" * 4096)
-    if stream == "terminal asleep":
-        reading, writing = pty.openpty()
-        os.write(writing, b"x" * 2000)
+    os.close(reading)
     prefix = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh"] if stream == "closed" else []
     training = start(prefix=prefix, stdout=writing)
     os.close(writing)
     assert training.process.wait(timeout=200) == 0
-    if stream != "left":
-        os.close(reading)
     assert differences(result_of(tmp_path / "run"), result_of(whole)) == []
 
 

@@ -18,17 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorstore
-from disturb import Training, files_of, spoil, write_text
+from disturb import files_of, spoil
 
-from gpt_jax.commands.paths import ROOT as REPOSITORY
-from gpt_jax.commands.training_run import train
 from gpt_jax.errors import RunError, UserError
 from gpt_jax.interchange.trained_model import load
+from gpt_jax.paths import ROOT as REPOSITORY
 from gpt_jax.storage import checkpoints as checkpoint
 from gpt_jax.storage.checkpoints import METADATA, Checkpoints, read_metadata
-from gpt_jax.storage.format import FormatError
 from gpt_jax.storage.integrity import CHECKSUMS, DamagedError, seal
-from gpt_jax.storage.metadata import Metadata
+from gpt_jax.storage.metadata import FormatError, Metadata
+from gpt_jax.trainer.run import train
 
 pytestmark = pytest.mark.faults
 slow = pytest.mark.slow
@@ -144,29 +143,22 @@ def test_what_the_saving_thread_raises_ends_training(tiny_config, tmp_path, monk
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A small run with two checkpoints, made once; tests take copies of it."""
-    base = tmp_path_factory.mktemp("trained")
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"],
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }
-    training = Training(base / "run", write_text(base / "text.txt"), {"train.steps": 20}, cache)
-    assert training.wait() == 0, training.output
-    assert Checkpoints(base / "run" / "checkpoints").steps() == [10, 20]
-    return base / "run"
+def trained(tiny_run):
+    """A small run with two checkpoints; tests take copies of it."""
+    assert Checkpoints(tiny_run / "checkpoints").steps() == [10, 20]
+    return tiny_run
 
 
 @pytest.fixture
 def workdir(trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "run")
-    return tmp_path / "run"
+    return shutil.copytree(trained, tmp_path / "run")
 
 
-def test_every_file_damaged_in_every_way_is_noticed_and_named(trained, tmp_path):
+@pytest.mark.slow
+def test_every_file_damaged_in_every_way_is_noticed_and_named(workdir):
     """Each deleted, truncated, and with its first, middle and last byte changed; and 200 random bytes."""
-    step = trained / "checkpoints" / "20"
-    checkpoints = Checkpoints(trained / "checkpoints")
+    step = workdir / "checkpoints" / "20"
+    checkpoints = Checkpoints(workdir / "checkpoints")
     chance = random.Random(0)
     files = files_of(step)
     places = [(path, how, place) for path in files for how, place in (
@@ -227,7 +219,7 @@ def test_what_becomes_known_later(tmp_path):
     assert checkpoints.metadata(20) == {
         "step": 20, "val_loss": 2.0, "unfinished": {"step": 20}, "val_loss_part": 0.5,
     }  # fmt: skip
-    assert checkpoints.best_first() == [20, 10] and checkpoints.deciding_loss(20) == 0.5
+    assert checkpoints.best_first() == [20, 10] and checkpoints.selection_key(20) == (0.5, -20)
     checkpoints.verify(10)
     checkpoints.verify(20)
     for step in (30, 40):
@@ -338,7 +330,7 @@ def test_a_pickle_anywhere_runs_no_code(workdir, tmp_path):
             refused += 1
         assert not canary.exists(), path
         path.write_bytes(good)
-    assert refused >= 4  # metadata.json, and what of ema_params holds arrays; the rest is not read
+    assert refused >= 4  # metadata.json, and what of params holds arrays; the rest is not read
 
 
 @pytest.mark.parametrize("name", ["../../../outside", "/etc/hostname", "params/../../../outside", "a\nb"])
@@ -356,7 +348,7 @@ def test_names_that_lead_outside_lead_nowhere(workdir, name):
 @pytest.mark.parametrize("kind", ["link", "folder link", "step link", "pipe", "pipe for checksums"])
 def test_links_and_pipes_are_refused(workdir, tmp_path, kind):
     step = only(workdir, 20)
-    target = {"folder link": step / "ema_params", "step link": step}.get(
+    target = {"folder link": step / "params", "step link": step}.get(
         kind, step / (CHECKSUMS if "checksums" in kind else METADATA)
     )
     target.rename(tmp_path / "elsewhere")
@@ -394,7 +386,7 @@ print(json.dumps(["1 GiB", "made", peak() - before]))
 
 def hostile_length(step):
     """An OCDBT file begins with 4 bytes of its own and 8 of its length."""
-    for path in (step / "ema_params").rglob("manifest.ocdbt"):
+    for path in (step / "params").rglob("manifest.ocdbt"):
         data = bytearray(path.read_bytes())
         data[4:12] = (10 * 2**30).to_bytes(8, "little")
         path.write_bytes(data)
@@ -405,14 +397,14 @@ def hostile_shape(step):
     metadata = json.loads((step / METADATA).read_text(encoding="utf-8"))
     metadata["config"]["model"]["d_mlp"] = 10**9
     (step / METADATA).write_text(json.dumps(metadata), encoding="utf-8")
-    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{step / 'ema_params'}/"}).result()
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{step / 'params'}/"}).result()
     for key, old, new in (("blocks.mlp.up.kernel", 64, 10**9), ("blocks.mlp.down.kernel", 64, 10**9)):
         name = f"{key}/.zarray".encode()
         array = json.loads(store.read(name).result().value)
         for field in ("shape", "chunks"):
             array[field] = [new if size == old else size for size in array[field]]
         store.write(name, json.dumps(array).encode()).result()
-    for path in (step / "ema_params" / "array_metadatas").iterdir():
+    for path in (step / "params" / "array_metadatas").iterdir():
         path.unlink()
 
 
@@ -423,7 +415,7 @@ def hostile_settings(step):
 
 
 def hostile_depth(step):
-    for path in (step / METADATA, step / "ema_params" / "_METADATA", step / "_CHECKPOINT_METADATA"):
+    for path in (step / METADATA, step / "params" / "_METADATA", step / "_CHECKPOINT_METADATA"):
         path.write_text("[" * 1_000_000, encoding="utf-8")
 
 
@@ -462,7 +454,7 @@ def test_bombs_are_refused_in_bounded_time_and_memory(trained, tmp_path):
     for name, (what, grown) in said.items():
         assert what != "loaded", name
         assert grown < 1_000_000, f"{name}: {grown} KiB"  # the 8 GB file is read for its checksum, in parts
-    assert re.search(r"claims 128,\d+,\d+,\d+ bytes of ema_params in [\d,]{6,8} on disk", done.stderr), (
+    assert re.search(r"claims 128,\d+,\d+,\d+ bytes of params in [\d,]{6,8} on disk", done.stderr), (
         done.stderr
     )
 

@@ -1,26 +1,26 @@
 """Command lines: what is wrong in one is named in one line, with the flag that was meant."""
 
+import importlib
+import subprocess
 import sys
 
 import pytest
-from absl.testing import flagsaver
+from conftest import some
 
 from gpt_jax.commands import compile, evaluate, export, sample, train
 from gpt_jax.commands.arguments import NO_FLAG, OTHER_NAMES, ArgumentParser
-from gpt_jax.commands.paths import ROOT as REPOSITORY
+from gpt_jax.commands.main import COMMANDS, main
 from gpt_jax.config import Config, flatten
 from gpt_jax.errors import UserError
+from gpt_jax.paths import ROOT as REPOSITORY
 
-# ml_collections loads config files so.
-pytestmark = pytest.mark.filterwarnings("ignore:.*load_module.*:DeprecationWarning")
 SMOKE = ["--config", str(REPOSITORY / "configs" / "smoke.py")]
 
 
-def error_of(command, arguments, monkeypatch):
+def error_of(command, arguments):
     """The one line with which a command refuses its command line."""
-    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-    with flagsaver.flagsaver(), pytest.raises(UserError) as error:
-        command.main()
+    with pytest.raises(UserError) as error:
+        command.main([str(argument) for argument in arguments])
     assert len(str(error.value).splitlines()) == 1
     return str(error.value)
 
@@ -43,10 +43,10 @@ def error_of(command, arguments, monkeypatch):
         ("--wrokdir=x", "--workdir"),
     ],
 )
-def test_the_setting_that_was_meant_is_named(command, flag, meant, monkeypatch):
-    if command is compile and "rkdir" in flag:
+def test_the_setting_that_was_meant_is_named(command, flag, meant):
+    if command is compile and "wrokdir" in flag:
         flag, meant = "--topologie=v5e:1x1", "--topology"
-    message = error_of(command, [*SMOKE, flag], monkeypatch)
+    message = error_of(command, [*SMOKE, flag])
     name = flag.partition("=")[0].lstrip("-").removeprefix("config.")
     assert f"{name}: did you mean {meant}?" in message and message.startswith("unknown ")
 
@@ -91,8 +91,8 @@ def test_the_setting_that_was_meant_is_named(command, flag, meant, monkeypatch):
     ],
     ids=str,
 )  # fmt: skip
-def test_the_flag_that_was_meant_is_named(command, arguments, message, monkeypatch):
-    assert message in error_of(command, arguments, monkeypatch)
+def test_the_flag_that_was_meant_is_named(command, arguments, message):
+    assert message in error_of(command, arguments)
 
 
 @pytest.mark.parametrize(
@@ -122,18 +122,29 @@ def test_the_flag_that_was_meant_is_named(command, arguments, message, monkeypat
         (evaluate, ["--text"], "--text: expected one argument"),
         (export, [], "the following arguments are required: --out"),
         (export, ["--out=x", "--dtype=int8"], "--dtype: invalid choice: 'int8'"),
-        (train, [*SMOKE, "--workdir"], "Missing value for flag --workdir"),
-        (train, [*SMOKE, "--config.model.n_layer"], "Missing value for flag --config.model.n_layer"),
-        (train, [*SMOKE, "--config.model.n_layer=1e3"], "--config.model.n_layer=1e3"),
+        (train, [*SMOKE, "--workdir"], "--workdir: expected one argument"),
+        (train, [*SMOKE, "--config.model.n_layer"], "--config.model.n_layer: expected one argument"),
+        (
+            train,
+            [*SMOKE, "--config.model.n_layer=1e3"],
+            "--config.model.n_layer=1e3 must be a whole number: write 1000",
+        ),
+        (
+            train,
+            [*SMOKE, "--config.model.n_layer", "two"],
+            "--config.model.n_layer=two must be a whole number",
+        ),
+        (train, [*SMOKE, "--config.model.bigram=2"], "--config.model.bigram=2 must be True or False"),
+        (train, [*SMOKE, "--config.train.steps=2147483648"], "train.steps can be"),
     ],
     ids=str,
 )
-def test_a_value_that_is_missing_or_wrong(command, arguments, message, monkeypatch):
-    assert message in error_of(command, arguments, monkeypatch)
+def test_a_value_that_is_missing_or_wrong(command, arguments, message):
+    assert message in error_of(command, arguments)
 
 
 def parser():
-    made = ArgumentParser()
+    made = ArgumentParser("sample", "For a test.", ["--greedy"])
     made.add_argument("--prompt", default="")
     made.add_argument("--number", type=float)
     made.add_argument("--greedy", action="store_true")
@@ -161,7 +172,7 @@ def test_help_comes_before_everything_that_is_unknown(capsys):
     assert ended.value.code == 0 and "--prompt PROMPT" in capsys.readouterr().out
 
 
-def test_the_table_of_names_is_up_to_date(monkeypatch):
+def test_the_table_of_names_is_up_to_date():
     """Each flag that it names exists, and its names are no flags or settings here."""
     settings = flatten(Config())
     flags = {"--prompt", "--length", "--workdir", "--out"}
@@ -170,3 +181,45 @@ def test_the_table_of_names_is_up_to_date(monkeypatch):
         assert flag in flags or flag.removeprefix("--config.") in settings, flag
     last_parts = {name.rpartition(".")[2] for name in settings}
     assert last_parts & (OTHER_NAMES.keys() | NO_FLAG.keys()) == {"data"}  # mesh.data is not what is meant
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_a_screen(name, capsys):
+    """Of 24 lines of 80 characters: the purpose, the flags, two examples."""
+    command = importlib.import_module(f"gpt_jax.commands.{name}")
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0 and len(lines) <= 23 and max(map(len, lines)) <= 80
+    assert lines[-3] == "examples:" and all(line.startswith("  python ") for line in lines[-2:])
+
+
+@pytest.mark.parametrize(
+    "arguments, status, message",
+    [
+        (["--help"], 0, "usage: python -m gpt_jax COMMAND [flags]"),
+        ([], 0, "usage: python -m gpt_jax COMMAND [flags]"),
+        (["evalute"], 2, "error: unknown command 'evalute': did you mean evaluate?"),
+        (
+            ["tests"],
+            2,
+            "error: unknown command 'tests': the commands are train, sample, evaluate, prepare, export, "
+            "compile",
+        ),
+        (["export"], 2, "error: the following arguments are required: --out"),
+    ],
+    ids=str,
+)
+def test_the_command_with_subcommands(arguments, status, message, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["gpt-jax", *arguments])
+    assert main() == status
+    said = capfd.readouterr()
+    assert (said.err if status else said.out).splitlines()[0] == message
+    assert len((said.out + said.err).splitlines()) <= 23
+
+
+@pytest.mark.parametrize("name", some("train", "sample", "evaluate", "export", "compile"))
+def test_an_old_form_names_the_new_one(name):
+    done = subprocess.run([sys.executable, "-m", f"gpt_jax.{name}", "--help"], capture_output=True, text=True)
+    wanted = f"error: python -m gpt_jax.{name} is now called python -m gpt_jax {name}\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", wanted)

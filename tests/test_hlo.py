@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gpt_jax.costs.hlo import Program
+from gpt_jax.costs.counts import read_costs
 
 N = 64
 SQUARE = 4 * N * N  # bytes
@@ -13,7 +13,7 @@ SQUARE = 4 * N * N  # bytes
 
 def costs_of(function, *arguments):
     compiled = jax.jit(function).lower(*arguments).compile()
-    return Program(compiled.as_text()).costs(), compiled.cost_analysis()
+    return read_costs(compiled.as_text()), compiled.cost_analysis()
 
 
 def test_a_loop_counts_as_often_as_it_runs():
@@ -23,8 +23,7 @@ def test_a_loop_counts_as_often_as_it_runs():
         return jax.lax.scan(lambda x, w: (x @ w, None), x, weights)[0]
 
     costs, own = costs_of(run, jnp.ones((N, N)), jnp.ones((5, N, N)))
-    assert costs.flops == 5 * 2 * N**3
-    assert own["flops"] < 2 * 2 * N**3 + 1000
+    assert own["bytes accessed"] < 2 * 8 * SQUARE
     # Five products of two matrices into a third; cutting out the weights moves two, copies a few more.
     assert 5 * 5 * SQUARE <= costs.bytes_moved < 5 * 8 * SQUARE
 
@@ -34,7 +33,8 @@ def test_a_loop_of_unknown_length_counts_once():
         return jax.lax.fori_loop(0, n, lambda _, x: x @ x, x)
 
     costs, _ = costs_of(run, jnp.ones((N, N)), jnp.int32(3))
-    assert costs.flops == 2 * N**3
+    # A product, and copies; three products alone would move nine.
+    assert 3 * SQUARE <= costs.bytes_moved < 9 * SQUARE
 
 
 def test_without_loops_it_agrees_with_the_compiler():
@@ -42,7 +42,6 @@ def test_without_loops_it_agrees_with_the_compiler():
         return jnp.tanh(x @ y) @ jnp.exp(y)
 
     costs, own = costs_of(run, jnp.ones((N, 2 * N)), jnp.ones((2 * N, 2 * N)))
-    assert costs.flops == 2 * 2 * N * (2 * N) ** 2
     assert costs.bytes_moved == pytest.approx(own["bytes accessed"], rel=0.3)
 
 
@@ -59,7 +58,7 @@ TPU = """HloModule m, is_scheduled=true
 
 %condition (c: (s32[], f32[8,64], f32[1,64])) -> pred[] {
   %c = (s32[]{:T(128)}, f32[8,64]{1,0:T(8,128)}, f32[1,64]{1,0}) parameter(0)
-  %i = s32[]{:T(128)} get-tuple-element(%c), index=0
+  %i = s32[]{:T(128)} get-tuple-element(%c), control-predecessors={%c}, index=0
   %n = s32[]{:T(128)} constant(6)
   ROOT %less = pred[]{:T(512)} compare(%i, %n), direction=LT
 }
@@ -92,11 +91,10 @@ ENTRY %main (q: bf16[8,6,256,64], k: bf16[8,6,256,64], x: f32[8,64], y: f32[1,64
 
 
 def test_a_program_of_a_tpu_is_read():
-    costs = Program(TPU).costs()
-    assert costs.flops == 2 * 8 * 6 * 256 * 256 * 64
+    costs = read_costs(TPU)
     assert costs.collectives == {("collective-permute", "f32[1,64]"): 3 * 256}
     queries = 2 * 8 * 6 * 256 * 64  # keys and scores stay on the chip
     # In each of the three rounds: sent and received, then read, and written into its place; and the counter.
     assert costs.bytes_moved == queries + 3 * (2 * 256 + 256 + 256 + 4) + 3 * (12 + 9)
     assert costs.cycles == 3 * 70
-    assert costs.divided_by(3).collectives == {("collective-permute", "f32[1,64]"): 256}
+    assert read_costs(TPU, n_units=3).collectives == {("collective-permute", "f32[1,64]"): 256}

@@ -18,14 +18,14 @@ import pytest
 from conftest import some
 
 import gpt_jax
-from gpt_jax.commands.paths import ROOT as REPOSITORY
-from gpt_jax.commands.run_main import READER_PATIENCE
-from gpt_jax.commands.sample import SEPARATOR, write_samples
-from gpt_jax.commands.training_run import train
+from gpt_jax.commands.sample import SEPARATOR
+from gpt_jax.commands.sample import main as sample_command
 from gpt_jax.config import Config
 from gpt_jax.data.corpus import load_corpus, read_text
 from gpt_jax.errors import UserError
+from gpt_jax.paths import ROOT as REPOSITORY
 from gpt_jax.sampling.rules import make_rules
+from gpt_jax.trainer.run import train
 
 pytestmark = pytest.mark.faults
 LINE = "to be or not to be, that is the question\n"
@@ -34,7 +34,7 @@ LINE = "to be or not to be, that is the question\n"
 @pytest.mark.parametrize(
     "data, characters",
     some(
-        ("\U0001f600é".encode() * 200, "é\U0001f600"),
+        ("\U0001f600éñ\U0001f601".encode() * 155, "éñ\U0001f600\U0001f601"),
         (b"\xef\xbb\xbf" + LINE.encode() * 50, "".join(sorted(set(LINE)))),  # BOM: no part of the text
         (LINE.replace("\n", "\r\n").encode() * 50, "".join(sorted(set(LINE + "\r")))),  # CRLF: two characters
         (b"a\x00b\x00" * 200, "\x00ab"),  # NUL: a character like others
@@ -46,7 +46,10 @@ def test_unusual_texts_train_and_sample(tiny_config, text_file, tmp_path, data, 
     text_file.write_bytes(data)
     assert load_corpus(text_file, 16, 0.9).tokenizer.characters == characters
     muon = {"name": "muon"} if characters == "a" else {}  # zero gradients must not become NaN
-    config = tiny_config(train={"steps": 4, "eval_every": 2, "sample_length": 5}, optimizer=muon)
+    # The first text has the size, and this model the width, of a test in test_training.py: one program.
+    config = tiny_config(
+        model={"d_model": 64}, train={"steps": 4, "eval_every": 2, "sample_length": 5}, optimizer=muon
+    )
     assert train(config, tmp_path / "run") == 0
     text = gpt_jax.load(tmp_path / "run").generate("", length=20)
     assert len(text) == 20 and set(text) <= set(characters)
@@ -95,31 +98,15 @@ def test_a_text_without_permission_as_another_user(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tiny_run):
     """A model of seconds that knows the characters of `LINE`, with a context of 16."""
-    folder = tmp_path_factory.mktemp("inputs")
-    (folder / "text.txt").write_text(LINE * 50, encoding="utf-8")
-    config = Config.from_dict(
-        {
-            "model": {"n_layer": 1, "n_head": 2, "d_model": 16, "context": 16},
-            "data": {"path": str(folder / "text.txt")},
-            "train": {"steps": 4, "batch_size": 8, "sample_length": 0},
-            "optimizer": {"warmup_steps": 1},
-            "mesh": {"data": 1},
-        }
-    )
-    assert train(config, folder / "run") == 0
-    return folder / "run"
+    return tiny_run
 
 
 def sample(run, out, **arguments):
     """By the way of sample.py; what it wrote."""
-    rules = {k: arguments.pop(k) for k in ("temperature", "top_k", "top_p", "min_p") if k in arguments}
-    flags = {
-        "workdir": run, "which": "last", "prompt": "", "prompt_file": None, "length": 40, "num_samples": 1,
-        "seed": 0, "window": "half", "show": 0, "out": out,
-    }  # fmt: skip
-    write_samples(rules=make_rules(**rules), **flags | arguments)
+    flags = {"workdir": run, "which": "last", "length": 40, "show": 0, "out": out} | arguments
+    sample_command([f"--{name}={value}" for name, value in flags.items()])
     return out.read_text(encoding="utf-8")
 
 
@@ -136,14 +123,15 @@ def test_what_can_be_sampled_and_both_ways_agree(run, tmp_path, arguments):
     text = sample(run, tmp_path / "out.txt", **arguments)
     prompt, length = arguments.get("prompt", ""), arguments.get("length", 40)
     assert text.startswith(prompt) and len(text) == len(prompt) + length
-    generated = gpt_jax.load(run, "last").generate(**{"prompt": "", "length": 40} | arguments)
+    defaults = {"prompt": "", "length": 40, "temperature": 0.8}  # those of sample.py
+    generated = gpt_jax.load(run, "last").generate(**defaults | arguments)
     assert prompt + generated == text
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"prompt": "café"}, "unknown characters: 'c', 'f', 'é' .nearest known: 'e'.; the vocabulary"),
+        ({"prompt": "gifé"}, "unknown characters: 'f', 'g', 'é' .nearest known: 'e'.; the vocabulary"),
         ({"length": -1}, "length = -1 must be 0 or above"),
         ({"temperature": -0.5}, "temperature = -0.5 must be a number of 0"),
         ({"temperature": float("nan")}, "temperature = nan must be"),
@@ -210,15 +198,10 @@ def test_memory_of_a_long_prompt_does_not_grow_with_the_samples(run, tmp_path):
     prompt = tmp_path / "prompt.txt"
     prompt.write_text(LINE * 25_000, encoding="utf-8")
     tracemalloc.start()
-    flags = {
-        "workdir": run,
-        "which": "last",
-        "prompt": "",
-        "prompt_file": prompt,
-        "seed": 0,
-        "window": "half",
-    }
-    write_samples(rules=make_rules(), out=out, **flags, **arguments)
+    sample_command([
+        f"--workdir={run}", "--which=last", f"--prompt_file={prompt}", "--length=5", "--num_samples=30",
+        "--show=0", f"--out={out}",
+    ])  # fmt: skip
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     n = 25_000 * len(LINE)
@@ -278,7 +261,6 @@ def test_a_reader_who_sleeps_gets_the_whole_text(run, tmp_path, small_pipe):
     process = start_sampling(run, tmp_path / "out.txt", writing, "--length", 9000, "--show", 9000)
     os.close(writing)
     wait_until_full(reading, process)
-    time.sleep(READER_PATIENCE + 1)
     shown = b""
     while data := os.read(reading, 4096):
         shown += data
@@ -299,6 +281,7 @@ def test_ctrl_c_ends_the_wait_for_a_reader_and_writes_what_there_is(run, tmp_pat
     assert text.startswith(os.read(reading, 4096)) and 0 < len(text) < 900_000
 
 
+@pytest.mark.slow
 def test_a_terminal_is_not_commanded_by_a_text(tmp_path):
     """The model knows control characters; a pipe and the file get them, a terminal does not."""
     (tmp_path / "text.txt").write_text("\x1b[31m\x07ab\n" * 200, encoding="utf-8", newline="")

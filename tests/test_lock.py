@@ -6,8 +6,8 @@ import os
 import pytest
 
 from gpt_jax.errors import RunError, UserError
-from gpt_jax.storage import lock as module
-from gpt_jax.storage.lock import locked
+from gpt_jax.storage import run_folder as module
+from gpt_jax.storage.run_folder import locked
 
 
 def refusing(error):

@@ -1,129 +1,92 @@
-"""The training loop by itself: which callbacks it calls, when, and how it stops."""
+"""The training loop by itself: how steps are divided into calls, and how it ends."""
 
 import jax
 import numpy as np
 import pytest
 
 from gpt_jax.training import loop
-from gpt_jax.training.loop import Callback, Moment, Stopped, train_loop
+from gpt_jax.training.loop import StepInfo, next_multiple, train_loop
 
 
 def counting(calls, fail_at=None):
     """A program whose state is the number of updates done; `calls` gets the length of each call."""
 
     def program(state, n_steps, last_step):
-        n = int(n_steps)
-        calls.append(n)
-        if fail_at is not None and state + n > fail_at:
-            n = fail_at - state
-        return state + n, {"steps": np.int32(n)}
+        calls.append(n_steps)
+        if fail_at is not None and state + n_steps > fail_at:
+            n_steps = fail_at - state
+        return state + n_steps, {"steps": np.int32(n_steps)}
 
     return program
 
 
-def run(callbacks, first=0, last=20, is_stopped=lambda: False, fail_at=None, **options):
-    """The lengths of the calls; the steps and the state at the end, and whether a stop interrupted it."""
-    calls = []
-
-    def on_not_finite(moment):
-        raise FloatingPointError(moment.step)
-
-    begin = Moment(first, last, first)
-    end, interrupted = train_loop(
-        counting(calls, fail_at), begin, callbacks, is_stopped, on_not_finite, **options
-    )
-    return calls, (end.step, end.state, interrupted)
+def run(*intervals, first=0, last=20, fail_at=None, see=lambda info: None):
+    """The lengths of the calls, and what the loop yields."""
+    calls, infos = [], []
+    begin = StepInfo(first, last, first)
+    boundary = (lambda step: next_multiple(step, *intervals)) if intervals else (lambda step: last)
+    for info in train_loop(counting(calls, fail_at), begin, boundary):
+        infos.append(info)
+        see(info)
+    return calls, infos
 
 
-def recording(seen, every=0):
-    return Callback(lambda moment: seen.append(moment.step), every)
+def due(infos, every):
+    return [info.step for info in infos if info.is_due(every)]
 
 
-def test_a_callback_sees_exactly_the_steps_of_its_interval_and_the_last_one():
-    sevens, fives, all_calls = [], [], []
-    calls, end = run([recording(sevens, 7), recording(fives, 5), recording(all_calls)])
-    assert sevens == [7, 14, 20] and fives == [5, 10, 15, 20]
-    assert all_calls == list(np.cumsum(calls)) and sum(calls) == 20 and end == (20, 20, False)
-
-
-def test_callbacks_are_called_in_their_order_and_share_the_record():
-    def write(moment):
-        moment.record["loss"] = moment.step
-
-    read = []
-    run([Callback(write), Callback(lambda moment: read.append(moment.record["loss"]), every=10)])
-    assert read == [10, 20]
+def test_a_call_ends_at_each_boundary():
+    calls, infos = run(7, 5)
+    assert due(infos, 7) == [7, 14, 20] and due(infos, 5) == [5, 10, 15, 20]
+    assert due(infos, 0) == list(np.cumsum(calls)) and sum(calls) == 20
+    assert [info.state for info in infos] == [info.step for info in infos]
 
 
 def test_a_resumed_loop_keeps_the_intervals():
-    seen = []
-    calls, end = run([recording(seen, 7)], first=9)
-    assert seen == [14, 20] and sum(calls) == 11 and end == (20, 20, False)
+    calls, infos = run(7, first=9)
+    assert due(infos, 7) == [14, 20] and sum(calls) == 11
 
 
 def test_calls_grow_with_the_speed_and_have_a_limit():
-    calls, _ = run([], last=1000)
+    calls, _ = run(last=1000)
     assert calls[0] == 1 and max(calls) == loop.MAX_STEPS_PER_CALL
 
 
-def test_a_stop_ends_the_loop_after_the_call():
-    seen = []
-    _, end = run([recording(seen, 5)], is_stopped=lambda: len(seen) == 2)
-    assert end == (10, 10, False)
+def test_the_length_may_change_on_the_way():
+    def shorten(info):
+        if info.step == 10:
+            info.last_step = 13
+
+    calls, infos = run(5, see=shorten)
+    assert infos[-1].step == infos[-1].last_step == 13 and infos[-1].is_last and sum(calls) == 13
 
 
-def stopping(at):
-    def call(moment):
-        if moment.step == at:
-            raise Stopped
+def test_a_run_may_end_early():
+    def end(info):
+        info.is_last = info.is_last or info.step == 10
 
-    return call
-
-
-def test_a_stop_within_a_callback_ends_the_loop_at_once():
-    before, after = [], []
-    callbacks = [recording(before, 5), Callback(stopping(10), every=5), recording(after, 5)]
-    _, end = run(callbacks)
-    assert before == [5, 10] and after == [5] and end == (10, 10, True)
+    calls, infos = run(5, see=end)
+    assert sum(calls) == 10 and due(infos, 7) == [10]  # it is due at the last step
 
 
-def test_what_a_stop_interrupted_is_called_first():
-    seen = []
-    calls, end = run([recording(seen, 5), Callback(stopping(-1))], first=10, is_unfinished=True)
-    assert seen == [10, 15, 20] and sum(calls) == 10 and end == (20, 20, False)
-    _, end = run([Callback(stopping(10))], first=10, is_unfinished=True)
-    assert end == (10, 10, True)
+def test_a_finished_run_makes_no_call():
+    assert run(first=20) == ([], [])
 
 
-def test_a_part_of_the_run():
-    """It ends in between, and nothing takes that for the end of the run."""
-    seen, last_ones = [], []
-    callbacks = [recording(seen, 7), Callback(lambda moment: last_ones.append(moment.is_last))]
-    calls, end = run(callbacks, until=10)
-    assert seen == [7] and sum(calls) == 10 and end == (10, 10, False) and not any(last_ones)
+def test_an_update_that_is_not_finite_ends_the_loop():
+    _, infos = run(5, fail_at=12)
+    assert [info.metrics["is_finite"] for info in infos] == [True] * (len(infos) - 1) + [False]
+    assert infos[-1].step == 12 and not infos[-1].is_last
 
 
-def test_a_callback_can_end_the_run():
-    seen = []
-
-    def end_it(moment):
-        moment.is_last = moment.step == 10
-
-    calls, end = run([Callback(end_it, every=5), recording(seen, 7)])
-    assert seen == [7, 10] and sum(calls) == 10 and end == (10, 10, False)  # it is due at the last step
+@pytest.mark.parametrize("step, wanted", [(0, 5), (4, 5), (5, 7), (7, 10), (34, 35)])
+def test_next_multiple(step, wanted):
+    assert next_multiple(step, 5, 7) == wanted
 
 
-def test_an_update_that_is_not_finite_calls_no_callback():
-    seen = []
-    with pytest.raises(FloatingPointError, match="10"):
-        run([recording(seen, 5)], fail_at=10)
-    assert seen == [5, 10]
-
-
-def test_a_moment_says_how_far_it_is():
-    moments = []
-    run([Callback(moments.append)], last=3)
-    assert [moment.is_last for moment in moments] == [False] * (len(moments) - 1) + [True]
-    assert all(moment.seconds_per_step > 0 for moment in moments)
-    assert sum(moment.n_steps for moment in moments) == 3
-    assert jax.tree.leaves(moments[0].metrics)
+def test_what_is_yielded_says_how_far_it_is():
+    _, infos = run(last=3)
+    assert [info.is_last for info in infos] == [False] * (len(infos) - 1) + [True]
+    assert all(info.seconds_per_step > 0 for info in infos)
+    assert sum(info.n_steps for info in infos) == 3
+    assert jax.tree.leaves(infos[0].metrics)

@@ -3,18 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import init, small_model
+from conftest import make_params, small_model
 
 from gpt_jax.config import OptimizerConfig
-from gpt_jax.training.optimizer import (
-    MEDIAN_WINDOW,
-    MIN_NORMS,
-    count_skipped,
-    is_matrix,
-    make_optimizer,
-    make_schedule,
-    skip_spikes,
-)
+from gpt_jax.training.optimizer import is_matrix, make_optimizer, make_schedule
 
 
 def rates(steps=100, **settings):
@@ -42,12 +34,13 @@ def test_constant():
 
 
 def params_and_gradient(**options):
-    params = init(small_model(**{"bias": True} | options))
+    params = make_params(small_model(**{"bias": True} | options))
     rng = np.random.default_rng(0)
-    gradient = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), params)
+    gradient = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(p.dtype), params)
     return params, gradient
 
 
+@pytest.mark.slow
 def test_matrices_decay_and_nothing_else():
     params, gradient = params_and_gradient(bigram=True, conv_width=3, x0_residual=True, qk_norm=True)
     names = {
@@ -76,7 +69,8 @@ def test_matrices_decay_and_nothing_else():
     )
 
 
-@pytest.mark.parametrize("decay", ["weight_decay", "embedding_decay"])
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", ["embedding_decay", "weight_decay"])
 def test_muon_decays_blocks_and_embeddings_apart(decay):
     params, gradient = params_and_gradient(
         bigram=True, conv_width=3, x0_residual=True, tied_embedding=False, qk_norm=True
@@ -130,23 +124,27 @@ def test_adamw_against_its_formula():
         np.testing.assert_allclose(params["kernel"], value, rtol=1e-5)
 
 
+def norm_of(tree):
+    return np.sqrt(sum(np.square(np.asarray(leaf)).sum() for leaf in jax.tree.leaves(tree)))
+
+
 @pytest.mark.parametrize("scale", [0.01, 100.0])
 def test_clipping_by_global_norm(scale):
     params, gradient = params_and_gradient()
-    gradient = jax.tree.map(lambda g: scale * g / optax.tree.norm(gradient), gradient)
+    gradient = jax.tree.map(lambda g: scale * g / norm_of(gradient), gradient)
     clip = make_optimizer(OptimizerConfig(clip_norm=1.0, name="adamw"), 10)
     # Adam's first moment after one update is 0.1 of the clipped gradient.
-    _, state = clip.update(gradient, clip.init(params), params)
+    _, state = jax.jit(clip.update)(gradient, clip.init(params), params)
     moment = optax.tree.get(state, "mu")
-    np.testing.assert_allclose(optax.tree.norm(moment), 0.1 * min(scale, 1.0), rtol=1e-4)
+    np.testing.assert_allclose(norm_of(moment), 0.1 * min(scale, 1.0), rtol=1e-4)
 
 
 def test_muon_moves_each_block_matrix_along_an_orthogonal_one():
     """Newton-Schulz brings every singular value of an update near 1, for each matrix by itself."""
     config = small_model(d_model=32, d_mlp=48)
-    params = init(config)
+    params = make_params(config)
     rng = np.random.default_rng(0)
-    gradient = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), params)
+    gradient = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(p.dtype), params)
     settings = OptimizerConfig(
         name="muon", schedule="constant", warmup_steps=0, muon_learning_rate=1.0, learning_rate=1e-3,
         weight_decay=0.0,
@@ -168,34 +166,3 @@ def test_muon_moves_each_block_matrix_along_an_orthogonal_one():
     # adds b1 (1 - b1) / (1 - b1^2) of it.
     wanted = 1e-3 * (1 + 0.9 * 0.1 / 0.19)
     np.testing.assert_allclose(np.abs(updates["token_embedding"]["embedding"]), wanted, rtol=2e-3)
-
-
-def test_spikes_are_skipped_and_leave_no_trace():
-    """Against a reference in NumPy: the median of the newest norms, spikes among them."""
-    rng = np.random.default_rng(0)
-    norms = rng.uniform(0.5, 2, 150)
-    norms[rng.choice(150, 30, replace=False)] *= 10
-    norms[100:] *= 10  # a rise that lasts is not skipped for ever
-    params = {"a": jnp.zeros(4), "b": jnp.zeros(3)}
-    direction = {"a": jnp.array([0.6, 0, 0, 0]), "b": jnp.array([0, 0.8, 0])}
-    optimizer = skip_spikes(optax.adam(0.1), 3.0)
-    plain = optax.adam(0.1)
-    state, plain_state = optimizer.init(params), plain.init(params)
-    assert int(count_skipped(state)) == 0 == int(count_skipped(plain_state))
-    update, plain_update = jax.jit(optimizer.update), jax.jit(plain.update)
-    left_out = []
-    for n, norm in enumerate(norms):
-        gradient = jax.tree.map(lambda x, norm=norm: x * norm, direction)
-        updates, state = update(gradient, state, params)
-        before = np.float32(norms[max(0, n - MEDIAN_WINDOW) : n])
-        if n >= MIN_NORMS and np.float32(norm) > 3 * np.median(before):
-            left_out.append(n)
-            assert all((u == 0).all() for u in jax.tree.leaves(updates))
-        else:
-            wanted, plain_state = plain_update(gradient, plain_state, params)
-            jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), updates, wanted)
-        assert int(count_skipped(state)) == len(left_out)
-    assert 15 < len(left_out) < 80
-    # The last ones are large, but for those that are larger still none is left out any more.
-    assert np.sum(norms[-20:] > 3 * 1.25) > 15
-    assert all(norms[n] > 30 for n in left_out if n >= 130)

@@ -8,11 +8,9 @@ import threading
 import time
 import unicodedata
 
-import pytest
-
 from gpt_jax.commands.run_main import run_main
 from gpt_jax.errors import UserError
-from gpt_jax.monitor.output import Patience, SteadyOutput, raw, steady_output, visible
+from gpt_jax.monitor.output import SteadyOutput, raw, steady_output, visible
 from gpt_jax.monitor.terminal import Terminal
 
 EVIL = "a\x1b[31mb\x07\x00\r\x7f\x9b\tc\nd\x1b]0;title\x07é\u2028"
@@ -80,22 +78,7 @@ def small_pipe():
     return reading, writing
 
 
-def test_without_patience_a_sleeping_reader_loses_text():
-    reading, writing = small_pipe()
-    with open(writing, "w", encoding="utf-8") as stream:
-        output = SteadyOutput(stream, Patience(0.1))
-        output.write("a" * 5000)
-        begun = time.monotonic()
-        for _ in range(100):
-            output.write("b" * 1000)  # waits no more
-        assert time.monotonic() - begun < 5
-        os.read(reading, 4096)
-        output.write("c" * 100)
-        assert os.read(reading, 4096) == b"c" * 100
-    os.close(reading)
-
-
-def test_with_patience_a_reader_who_sleeps_gets_everything():
+def test_a_reader_who_sleeps_gets_everything():
     reading, writing = small_pipe()
     text = "".join(map(str, range(5000)))
     received = []
@@ -109,7 +92,7 @@ def test_with_patience_a_reader_who_sleeps_gets_everything():
     reader = threading.Thread(target=read)
     reader.start()
     with open(writing, "w", encoding="utf-8") as stream:
-        output = SteadyOutput(stream, Patience(None))
+        output = SteadyOutput(stream)
         for begin in range(0, len(text), 700):
             output.write(text[begin : begin + 700])
         reader.join()
@@ -117,11 +100,10 @@ def test_with_patience_a_reader_who_sleeps_gets_everything():
     os.close(reading)
 
 
-@pytest.mark.parametrize("seconds", [None, 5.0])
-def test_a_reader_who_has_gone_is_no_error(seconds):
+def test_a_reader_who_has_gone_is_no_error():
     reading, writing = small_pipe()
     with open(writing, "w", encoding="utf-8") as stream:
-        output = SteadyOutput(stream, Patience(seconds))
+        output = SteadyOutput(stream)
         timer = threading.Timer(0.3, os.close, [reading])
         timer.start()
         output.write("a" * 10_000)  # waits, and then the reader goes

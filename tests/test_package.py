@@ -9,7 +9,7 @@ import zipfile
 import pytest
 
 import gpt_jax
-from gpt_jax.commands.paths import ROOT as REPOSITORY
+from gpt_jax.paths import ROOT as REPOSITORY
 
 TINY = (
     "--config.model.d_model=16", "--config.model.context=16", "--config.train.steps=4",
@@ -58,28 +58,28 @@ def test_an_installed_package_trains_and_samples_elsewhere(site, text_file, tmp_
     (tmp_path / "artifacts").mkdir()
     shutil.copy(text_file, tmp_path / "artifacts" / "input.txt")
     shutil.copy(REPOSITORY / "configs" / "smoke.py", tmp_path)
-    done = run(site, "gpt_jax.train", "--config=smoke.py", *TINY, cwd=tmp_path)
+    done = run(site, "gpt_jax", "train", "--config=smoke.py", *TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].endswith("To sample: python -m gpt_jax.sample"), done.stdout
+    assert done.stdout.splitlines()[-1].endswith("To sample: python -m gpt_jax sample"), done.stdout
     assert (tmp_path / "artifacts" / "smoke" / "checkpoints" / "4").is_dir()
-    done = run(site, "gpt_jax.sample", "--length=10", cwd=tmp_path)
+    done = run(site, "gpt_jax", "sample", "--length=10", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "artifacts" / "output.txt").read_text(encoding="utf-8")) == 10
 
 
 def test_what_is_missing_elsewhere_is_one_line(site, tmp_path):
     shutil.copy(REPOSITORY / "configs" / "smoke.py", tmp_path)
-    done = run(site, "gpt_jax.train", "--config=smoke.py", *TINY, cwd=tmp_path)
+    done = run(site, "gpt_jax", "train", "--config=smoke.py", *TINY, cwd=tmp_path)
     text = tmp_path / "artifacts" / "input.txt"
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (
         f"error: text file {text} does not exist: give the path of a UTF-8 text file with "
         f"--config.data.path=FILE\n"
     )
-    done = run(site, "gpt_jax.sample", cwd=tmp_path)
+    done = run(site, "gpt_jax", "sample", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (
-        f"error: no trained run in {tmp_path / 'artifacts'}: train one with python -m gpt_jax.train "
+        f"error: no trained run in {tmp_path / 'artifacts'}: train one with python -m gpt_jax train "
         f"--config FILE, or name one with --workdir\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["smoke.py"]

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from gpt_jax.commands.paths import ROOT as REPOSITORY
+from gpt_jax.paths import ROOT as REPOSITORY
 
 HIDE = """
 import os, select, signal, sys
@@ -56,8 +56,8 @@ def run(*arguments, cwd):
 @pytest.mark.slow
 def test_training_resuming_and_sampling(text_file, tmp_path):
     command = [
-        "gpt_jax.train", "--config", REPOSITORY / "configs" / "smoke.py", f"--config.data.path={text_file}",
-        *TINY, "--workdir=run",
+        "gpt_jax", "train", "--config", REPOSITORY / "configs" / "smoke.py",
+        f"--config.data.path={text_file}", *TINY, "--workdir=run",
     ]  # fmt: skip
     done = run(*command, "--config.train.steps=4", cwd=tmp_path)
     assert done.returncode == 0 and "done in" in done.stdout, done.stdout + done.stderr
@@ -65,6 +65,6 @@ def test_training_resuming_and_sampling(text_file, tmp_path):
     assert done.returncode == 0 and "resume  after step 4 of 6" in done.stdout, done.stdout + done.stderr
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[-1])["step"] == 6
-    done = run("gpt_jax.sample", "--workdir=run", "--length=10", "--out=out.txt", cwd=tmp_path)
+    done = run("gpt_jax", "sample", "--workdir=run", "--length=10", "--out=out.txt", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "out.txt").read_text(encoding="utf-8")) == 10

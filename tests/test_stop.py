@@ -8,10 +8,11 @@ import pytest
 from conftest import some
 from test_training import metrics_of
 
-from gpt_jax.commands import callbacks, evaluator, session, training_run
-from gpt_jax.commands.training_run import train
+from gpt_jax.model.loss import loss_of_tokens
 from gpt_jax.storage.checkpoints import Checkpoints
 from gpt_jax.storage.run_folder import checkpoint_folder
+from gpt_jax.trainer import evaluator, run, session
+from gpt_jax.trainer.run import train
 
 never = threading.Event()
 
@@ -40,32 +41,21 @@ def at(calls, function, disturb):
     return disturbed
 
 
-def loss_function(calls, disturb):
-    """A `make_loss_of_tokens` whose functions are disturbed at the beginning of a call."""
-    make = session.make_loss_of_tokens
-    return lambda *args: at(calls, make(*args), disturb)
-
-
 def between_batches(calls):
-    """A `make_loss_of_tokens` whose functions get a signal after the first batch of a call."""
-    make, done = session.make_loss_of_tokens, []
+    """A `loss_of_tokens` that gets a signal after the first batch of a call."""
+    done = []
 
-    def disturbed(*args):
-        loss_of_tokens = make(*args)
+    def disturbed(model, params, tokens_N, batch_size, between=lambda: None):
+        done.append(tokens_N)
+        looked = []
 
-        def evaluate(params, tokens_N, between=lambda: None):
-            done.append(tokens_N)
-            looked = []
+        def look():
+            looked.append(between)
+            if len(done) == calls and len(looked) == 2:
+                send()
+            between()
 
-            def look():
-                looked.append(between)
-                if len(done) == calls and len(looked) == 2:
-                    send()
-                between()
-
-            return loss_of_tokens(params, tokens_N, between=look)
-
-        return evaluate
+        return loss_of_tokens(model, params, tokens_N, batch_size, look)
 
     return disturbed
 
@@ -86,18 +76,18 @@ def pieces(calls, disturb):
 
 # Where: the module, what is replaced there, by what; the step at which the run then stops; whether its
 # evaluation is left to the resumed run. Evaluations are at 10 and 20; before the first, the loss function is
-# called twice, to compile and to measure. A sample has three pieces.
+# called once, to compile. A sample has three pieces.
 CASES = {
-    "compile": (training_run, "compile_steps", lambda: lambda *_: block(), 0, False),
-    "evaluation": (session, "make_loss_of_tokens", lambda: between_batches(3), 10, True),
+    "compile": (run, "compile_steps", lambda: lambda *_: block(), 0, False),
+    "evaluation": (evaluator, "loss_of_tokens", lambda: between_batches(2), 10, True),
     "sampling": (evaluator, "generate_tokens", lambda: pieces(2, send), 10, True),
-    "plot": (callbacks, "plot_losses", lambda: lambda *_: block(), 10, False),
-    "initial state": (training_run, "init_state", lambda: lambda *_: block(), None, False),
-    "compile evaluation": (session, "make_loss_of_tokens", lambda: loss_function(1, block), 10, True),
-    "last evaluation": (session, "make_loss_of_tokens", lambda: between_batches(4), 20, True),
+    "plot": (session, "plot_losses", lambda: lambda *_: block(), 10, False),
+    "initial state": (run, "init_state", lambda: lambda *_: block(), None, False),
+    "compile evaluation": (evaluator, "loss_of_tokens", lambda: at(1, loss_of_tokens, block), 10, True),
+    "last evaluation": (evaluator, "loss_of_tokens", lambda: between_batches(3), 20, True),
     "compile sampling": (evaluator, "generate_tokens", lambda: pieces(1, block), 10, True),
     "last sample": (evaluator, "generate_tokens", lambda: pieces(4, send), 20, True),
-    "last plot": (callbacks, "plot_losses", lambda: at(2, callbacks.plot_losses, send), 20, False),
+    "last plot": (session, "plot_losses", lambda: at(2, session.plot_losses, send), 20, False),
 }  # fmt: skip
 
 
@@ -127,7 +117,7 @@ def undisturbed(config, workdir):
 
 
 @pytest.mark.parametrize("eval_tokens", some(0, 200), ids=["whole", "part"])
-@pytest.mark.parametrize("case", some(*CASES, quick=4))
+@pytest.mark.parametrize("case", some(*CASES, quick=2))
 def test_a_stop_waits_for_nothing_and_the_resumed_run_catches_up(
     tiny_config, tmp_path, monkeypatch, capsys, case, eval_tokens
 ):
@@ -145,7 +135,8 @@ def test_a_stop_waits_for_nothing_and_the_resumed_run_catches_up(
     else:
         assert status == 128 + signal.SIGTERM
         if stopped_at is None:
-            assert said.endswith("stopped by SIGTERM before the first step. The same command starts again\n")
+            advice = "Run the same command to begin again"
+            assert said.endswith(f"stopped by SIGTERM before the first step. {advice}\n")
         else:
             assert f"stopped by SIGTERM; saved after step {stopped_at} of 20" in said
     if left:
@@ -165,7 +156,7 @@ def test_stopped_again_and_again_in_the_same_evaluation(tiny_config, tmp_path, m
     wanted = undisturbed(config, tmp_path / "whole")
     for _ in range(3):
         with monkeypatch.context() as patch:
-            patch.setattr(session, "make_loss_of_tokens", between_batches(3))
+            patch.setattr(evaluator, "loss_of_tokens", between_batches(2))
             assert train(config, tmp_path / "run") == 128 + signal.SIGTERM
     assert train(config, tmp_path / "run") == 0
     assert results(tmp_path / "run") == wanted
@@ -175,12 +166,12 @@ def test_stopped_while_the_resumed_run_compiles(tiny_config, tmp_path, monkeypat
     """The last evaluation is outstanding until it is done, however often the run is stopped before it."""
     config = tiny_config(train={"sample_length": 20})
     wanted = undisturbed(config, tmp_path / "whole")
-    for name, make in (("make_loss_of_tokens", between_batches(4)), (None, None), (None, None)):
+    for name, make in (("loss_of_tokens", between_batches(3)), (None, None), (None, None)):
         with monkeypatch.context() as patch:
             if name:
-                patch.setattr(session, name, make)
+                patch.setattr(evaluator, name, make)
             else:
-                patch.setattr(training_run, "compile_steps", lambda *_: block())
+                patch.setattr(run, "compile_steps", lambda *_: block())
             assert train(config, tmp_path / "run") == 128 + signal.SIGTERM
     assert train(config, tmp_path / "run") == 0
     assert results(tmp_path / "run") == wanted
@@ -188,7 +179,7 @@ def test_stopped_while_the_resumed_run_compiles(tiny_config, tmp_path, monkeypat
 
 def test_an_error_in_the_thread_is_raised():
     """What is called in a thread, in order to be interruptible, fails as it would without one."""
-    from gpt_jax.commands.signals import StopRequest
+    from gpt_jax.trainer.signals import StopRequest
 
     def fail():
         raise ZeroDivisionError("here")

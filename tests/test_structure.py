@@ -7,10 +7,12 @@ import sys
 import pytest
 from conftest import draw
 
-from gpt_jax.commands.paths import ROOT as REPOSITORY
+from gpt_jax.commands.main import COMMANDS
+from gpt_jax.paths import ROOT as REPOSITORY
 
 PACKAGE = REPOSITORY / "gpt_jax"
-BASE = {"config", "errors", "files", "rng", "version"}  # modules at the top, which import only each other
+# Modules at the top, which import only each other.
+BASE = {"checks", "config", "config_files", "errors", "files", "paths", "records", "rng", "version"}
 MAY_IMPORT = {
     "data": set(),
     "parallel": set(),
@@ -19,10 +21,16 @@ MAY_IMPORT = {
     "model": {"data", "parallel"},
     "sampling": {"model"},
     "storage": {"data"},
-    "interchange": {"data", "model", "parallel", "sampling", "storage"},
-    "training": {"data", "model", "parallel", "sampling", "storage", "interchange"},
+    "plan": {"parallel", "storage"},
+    "interchange": {"data", "model", "parallel", "plan", "sampling", "storage"},
+    "training": {"data", "model", "parallel", "plan", "storage"},
+    "trainer": {
+        "costs", "data", "interchange", "model", "monitor", "parallel", "plan", "sampling", "storage",
+        "training",
+    },
     "commands": {
-        "costs", "data", "interchange", "model", "monitor", "parallel", "sampling", "storage", "training",
+        "costs", "data", "interchange", "model", "monitor", "parallel", "plan", "sampling", "storage",
+        "trainer", "training",
     },
 }  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -31,6 +39,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 def name_of(path):
     """("data", "corpus") of gpt_jax/data/corpus.py."""
     return path.relative_to(PACKAGE).with_suffix("").parts
+
+
+NAMES = {name_of(path) for path in MODULES}
 
 
 def imports(path):
@@ -42,7 +53,9 @@ def imports(path):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module, f"a relative import in {path}"
             if node.module.split(".")[0] == "gpt_jax":
-                found.add(tuple(node.module.split(".")[1:]))
+                module = tuple(node.module.split(".")[1:])
+                inner = {(*module, alias.name) for alias in node.names}  # `from gpt_jax.model import cpu`
+                found |= inner & NAMES or {module}
     return found
 
 
@@ -54,7 +67,7 @@ def test_every_import_names_a_module():
         assert found <= GRAPH.keys(), name
 
 
-@pytest.mark.parametrize("name", [name for name in GRAPH if len(name) >= 2], ids=".".join)
+@pytest.mark.parametrize("name", [name for name in GRAPH if name[0] in MAY_IMPORT], ids=".".join)
 def test_packages_import_only_what_they_may(name):
     package = name[0]
     allowed = BASE | MAY_IMPORT[package] | {package}
@@ -66,10 +79,12 @@ def test_the_base_imports_only_itself():
         assert {found[0] for found in GRAPH[(module,)]} <= BASE, module
 
 
-def test_at_the_top_are_the_base_and_one_line_commands():
-    """What `python -m gpt_jax.<command>` finds calls into `commands` and does nothing else."""
-    for name in (name for name in GRAPH if len(name) == 1 and name[0] not in BASE | {"__init__"}):
-        assert GRAPH[name] == {("commands", "run_main"), ("commands", name[0])}, name
+def test_at_the_top_are_the_base_the_plan_and_the_ways_in():
+    """`python -m gpt_jax`, and the old forms such as `python -m gpt_jax.train`, only call `commands`."""
+    top = {name[0] for name in GRAPH if len(name) == 1} - BASE - {"__init__", "plan"}
+    assert top <= {"__main__", *COMMANDS}
+    for name in ((name,) for name in top):
+        assert GRAPH[name] == {("commands", "main")}, name
         tree = ast.parse((PACKAGE / f"{name[0]}.py").read_text(encoding="utf-8"))
         assert not [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)], name
 
@@ -102,9 +117,9 @@ def strings(tree):
             yield node.value
 
 
-def test_only_commands_know_the_repository():
+def test_only_commands_and_paths_know_the_repository():
     for path in MODULES:
-        if name_of(path)[0] != "commands":
+        if name_of(path)[0] not in ("commands", "paths"):
             text = path.read_text(encoding="utf-8")
             assert "__file__" not in text and "cwd()" not in text, path
             for string in strings(ast.parse(text)):
@@ -122,7 +137,8 @@ def test_only_the_model_is_linen():
 
 
 def test_the_face_imports_only_the_trained_model():
-    assert {found[0] for found in GRAPH[("__init__",)]} <= {"errors", "interchange", "version"}
+    """What trains is imported when it is used: see `test_a_model_is_read_and_sampled_without...`."""
+    assert {found[0] for found in GRAPH[("__init__",)]} <= {"errors", "interchange", "trainer", "version"}
 
 
 def test_only_the_storage_imports_orbax_and_only_training_optax():
@@ -141,9 +157,10 @@ IMPORTED = """
 import sys
 import gpt_jax
 after_import = {name.split(".")[0] for name in sys.modules}
-gpt_jax.load("artifacts/pretrained").generate(length=2)
+gpt_jax.load("tests/data/export_v2").generate(length=2)
 used = {name.split(".")[0] for name in sys.modules}
-print(sorted({"optax", "orbax", "matplotlib", "tqdm"} & after_import), sorted({"optax", "orbax"} & used))
+unneeded = {"optax", "orbax", "tiktoken", "tokenizers"}
+print(sorted(({"matplotlib", "tqdm"} | unneeded) & after_import), sorted(unneeded & used))
 """
 
 
@@ -152,15 +169,6 @@ def test_a_model_is_read_and_sampled_without_optimizer_and_checkpoints():
         [sys.executable, "-c", IMPORTED], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     assert done.stdout == "[] []\n", done.stdout
-
-
-@pytest.mark.parametrize("program", ["train.py", "sample.py"])
-def test_programs_are_short(program):
-    assert len((REPOSITORY / program).read_text(encoding="utf-8").splitlines()) < 20
-
-
-def test_the_transformer_is_read_on_a_few_screens():
-    assert len((PACKAGE / "model" / "transformer.py").read_text(encoding="utf-8").splitlines()) < 200
 
 
 def test_parts_of_the_tests_make_up_the_whole():

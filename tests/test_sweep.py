@@ -7,13 +7,14 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import some
 from sweep import all_settings, print_table, read_lines, sweep, with_settings
 
-from gpt_jax.commands.paths import ROOT as REPOSITORY
-from gpt_jax.commands.training_run import train
 from gpt_jax.config import Config, flatten
 from gpt_jax.errors import UserError
 from gpt_jax.monitor.metrics import read_metrics
+from gpt_jax.paths import ROOT as REPOSITORY
+from gpt_jax.trainer.run import train
 
 SMOKE = REPOSITORY / "configs" / "smoke.py"
 
@@ -29,7 +30,7 @@ def base(tiny_config):
     [
         ({}, [{"optimizer.learning_rate": 0.01}, {"optimizer.learning_rate": 0.03}]),
         (
-            {"optimizer.name": "muon", "optimizer.embedding_decay": 0.5, "optimizer.ema_decay": 0.5},
+            {"optimizer.name": "muon", "optimizer.embedding_decay": 0.5},
             [
                 {"optimizer.weight_decay": 0.0, "optimizer.muon_learning_rate": 0.02},
                 {"optimizer.weight_decay": 0.5, "optimizer.muon_learning_rate": 0.05},
@@ -102,7 +103,7 @@ def test_the_table_has_means_and_spreads(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [
+    some(
         (
             ("--config", SMOKE, "--out", "no/folder/x.jsonl"),
             "out = no/folder/x.jsonl cannot be written: No such",
@@ -112,7 +113,7 @@ def test_the_table_has_means_and_spreads(tmp_path):
         (("--config", SMOKE, "--out", "x.jsonl", "--together", "0"), "together = 0 must be 1 or above"),
         (("--config", SMOKE, "--out", "x.jsonl", "--variant", "n_layer"), "'n_layer' is not a setting"),
         (("--out", "x.jsonl"), "--config is missing"),
-    ],
+    ),
 )
 def test_what_cannot_be_swept_is_one_line(tmp_path, arguments, message):
     (tmp_path / "torn.jsonl").write_text(
