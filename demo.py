@@ -66,22 +66,22 @@ from IPython.display import HTML, display
 
 import gpt_jax
 from gpt_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig
-from gpt_jax.data.batches import eval_windows, train_batch
+from gpt_jax.data.batches import TokenWindows, eval_windows, train_batch
 from gpt_jax.data.corpus import load_corpus
 from gpt_jax.data.tokenizers import CharTokenizer
-from gpt_jax.model.attention import CausalSelfAttention, attend, causal_mask
 from gpt_jax.model.layers import make_norm
-from gpt_jax.model.loss import make_loss_of_tokens, token_losses
+from gpt_jax.model.loss import loss_of_tokens, next_token_loss, token_losses
 from gpt_jax.model.options import rotate
 from gpt_jax.model.params import abstract_params, count_params, flops_per_token, init_params, unstack_layers
-from gpt_jax.model.transformer import GPT, MLP, Block
+from gpt_jax.model.transformer import GPT, MLP, Block, CausalSelfAttention, attend, causal_mask
+from gpt_jax.parallel.execution import resolve_execution
 from gpt_jax.parallel.mesh import make_mesh
+from gpt_jax.plan import make_plan
 from gpt_jax.rng import BATCH_STREAM, INIT_STREAM, stream
 from gpt_jax.sampling.generate import decode, generate_tokens, prefill
 from gpt_jax.sampling.rules import apply_rules, make_rules
-from gpt_jax.training.loop import Callback, Moment, train_loop
+from gpt_jax.training.loop import StepInfo, next_multiple, train_loop
 from gpt_jax.training.optimizer import make_optimizer, make_schedule
-from gpt_jax.training.resume import resolve
 from gpt_jax.training.state import init_state
 from gpt_jax.training.step import make_train_steps, train_step
 
@@ -392,7 +392,8 @@ assert slopes["not divided"][-1] < 0.1 < 0.6 < slopes["divided by sqrt(K)"][-1]
 
 # %%
 small = ModelConfig(n_layer=2, n_head=2, d_model=D, context=T, init_std=0.2, dtype="float32")
-attention = CausalSelfAttention(small)
+execution = resolve_execution(small)
+attention = CausalSelfAttention(small, execution)
 x_BxTxD = x_TxD[None]
 params = nn.unbox(attention.init(jax.random.key(0), x_BxTxD, jnp.arange(T), None, None))["params"]
 print(jax.tree.map(jnp.shape, params))
@@ -433,7 +434,7 @@ assert np.abs(swapped[0, 1] - shipped[0, 1]).max() > 0.01  # the positions that 
 # added to the variance, against division by 0), and scales each channel by a learned factor. So every part sees numbers of the same size, however large the residual stream is.
 
 # %%
-norm = make_norm(small, None)
+norm = make_norm(small, execution, None)
 scale_D = rng.normal(size=D).astype(np.float32)
 
 
@@ -458,7 +459,7 @@ def gelu(x):
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-mlp = MLP(small)
+mlp = MLP(small, execution)
 params = nn.unbox(mlp.init(jax.random.key(1), x_BxTxD))["params"]
 up_DxF, down_FxD = np.asarray(params["up"]["kernel"])[:, 0], np.asarray(params["down"]["kernel"])
 np.testing.assert_allclose(
@@ -488,7 +489,7 @@ def block_by_hand(x, p):
     return x + gelu(y @ p["mlp"]["up"]["kernel"][:, 0]) @ p["mlp"]["down"]["kernel"]
 
 
-block = Block(small)
+block = Block(small, execution)
 params = nn.unbox(block.init(jax.random.key(2), x_BxTxD, x_BxTxD, jnp.arange(T), None))["params"]
 params = jax.tree.map(
     lambda leaf: np.asarray(leaf) + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), params
@@ -597,7 +598,7 @@ def gpt_by_hand(tokens_T, p):
     return layer_norm(x, p["final_norm"]["scale"]) @ p["token_embedding"]["embedding"].T
 
 
-model = GPT(small, V)
+model = GPT(small, V, execution)
 params = nn.unbox(init_params(model, jax.random.key(3)))
 tokens_T = tokenizer.encode("First ")
 shipped, _ = model.apply({"params": params}, tokens_T[None])
@@ -630,7 +631,7 @@ def count_by_hand(c, vocabulary):
 
 
 recipe = Config.from_dict(runpy.run_path("configs/shakespeare.py")["get_config"]())
-shapes = abstract_params(GPT(recipe.model, V), make_mesh(MeshConfig(), jax.devices()[:1]))
+shapes = abstract_params(GPT(recipe.model, V, execution), make_mesh(MeshConfig(), jax.devices()[:1]))
 assert count_params(shapes) == count_by_hand(recipe.model, V)
 assert count_params(params) == count_by_hand(small, V)
 print(f"configs/shakespeare.py: {count_params(shapes):,} parameters")
@@ -739,12 +740,13 @@ tiny = Config.from_dict(
         "train": {"batch_size": 4, "grad_accum_steps": 1},
     }
 )
-mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-tiny_model = GPT(tiny.model, V, mesh)
+tiny_plan = make_plan(tiny, devices=jax.devices()[:1])
+tiny_model = GPT(tiny.model, V, tiny_plan.execution)
 tiny_optimizer = make_optimizer(tiny.optimizer, tiny.train.steps)
-before = init_state(tiny_model, tiny_optimizer, False, mesh, stream(tiny.seed, INIT_STREAM))
-after, metrics, _ = jax.jit(train_step, static_argnums=(3, 4, 5))(
-    before, tokens_N, np.uint32(tiny.seed), tiny, tiny_model, tiny_optimizer
+before = init_state(tiny_model, tiny_optimizer, tiny_plan.mesh, stream(tiny.seed, INIT_STREAM))
+source = TokenWindows(tokens_N, batch_size=4, context=T)
+after, metrics, _ = jax.jit(train_step, static_argnums=(3, 4, 5, 6))(
+    before, source, np.uint32(tiny.seed), tiny_plan, tiny_model, tiny_optimizer, next_token_loss
 )
 
 inputs, targets = train_batch(stream(tiny.seed, BATCH_STREAM), before.step, tokens_N, 4, T)
@@ -778,7 +780,9 @@ print(f"loss {loss:.3f}, gradient norm {length:.3f}, clipped to 0.5")
 
 # %%
 def step_once(state):
-    return train_step(state, tokens_N, np.uint32(tiny.seed), tiny, tiny_model, tiny_optimizer)[0]
+    return train_step(
+        state, source, np.uint32(tiny.seed), tiny_plan, tiny_model, tiny_optimizer, next_token_loss
+    )[0]
 
 
 jitted = jax.jit(step_once)
@@ -810,32 +814,37 @@ jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *(end.par
 # %%
 SHARDED = """
 import json, sys, time, jax, numpy as np, jax.numpy as jnp
-from gpt_jax.config import Config, MeshConfig
+from gpt_jax.config import Config
+from gpt_jax.data.batches import TokenWindows
+from gpt_jax.model.loss import next_token_loss
 from gpt_jax.model.transformer import GPT
-from gpt_jax.parallel.mesh import make_mesh, replicated
+from gpt_jax.parallel.mesh import replicated
+from gpt_jax.plan import make_plan
 from gpt_jax.rng import INIT_STREAM, stream
 from gpt_jax.training.optimizer import make_optimizer
 from gpt_jax.training.state import init_state
 from gpt_jax.training.step import make_train_steps
 
-config = Config.from_dict({
+settings = {
     "model": {"n_layer": 2, "n_head": 2, "d_model": 32, "context": 32, "dtype": "float32"},
     "optimizer": {"warmup_steps": 5}, "train": {"batch_size": 16, "grad_accum_steps": 1, "steps": 20},
-})
+}
 tokens = np.arange(5000) ** 2 % 65
-for name, mesh in {"one": MeshConfig(data=1), "data": MeshConfig(data=8), "fsdp": MeshConfig(data=2, fsdp=4)}.items():
-    mesh = make_mesh(mesh, jax.devices())
-    model, optimizer = GPT(config.model, 65, mesh), make_optimizer(config.optimizer, 20)
-    state = init_state(model, optimizer, False, mesh, stream(1, INIT_STREAM))
-    steps = make_train_steps(config, model, state, 20)
-    tokens_N = jax.device_put(jnp.asarray(tokens, jnp.uint8), replicated(mesh))
-    compiled = steps.lower(state, tokens_N, np.uint32(1), np.int32(20), np.int32(20)).compile()
+for name, mesh in {"one": {"data": 1}, "data": {"data": 8}, "fsdp": {"data": 2, "fsdp": 4}}.items():
+    config = Config.from_dict(settings | {"mesh": mesh})
+    plan = make_plan(config)
+    model, optimizer = GPT(config.model, 65, plan.execution), make_optimizer(config.optimizer, 20)
+    state = init_state(model, optimizer, plan.mesh, stream(1, INIT_STREAM))
+    steps = make_train_steps(plan, model, next_token_loss, state, 20)
+    tokens_N = jax.device_put(jnp.asarray(tokens, jnp.uint8), replicated(plan.mesh))
+    source = TokenWindows(tokens_N, 16, 32)
+    compiled = steps.lower(state, source, np.uint32(1), np.int32(20), np.int32(20)).compile()
     kernel = state.params["blocks"]["mlp"]["up"]["kernel"]
     shard = kernel.addressable_shards[0].data.shape
     begun = time.monotonic()
-    state, metrics = compiled(state, tokens_N, np.uint32(1), np.int32(20), np.int32(20))
+    state, metrics = compiled(state, source, np.uint32(1), np.int32(20), np.int32(20))
     losses = np.asarray(metrics["loss"])
-    print(json.dumps([name, mesh.size, losses.tolist(), kernel.shape, shard, time.monotonic() - begun]))
+    print(json.dumps([name, plan.mesh.size, losses.tolist(), kernel.shape, shard, time.monotonic() - begun]))
 """
 environment = os.environ | {
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd(),
@@ -865,31 +874,30 @@ assert sharded["fsdp"][3] != sharded["fsdp"][2] == sharded["data"][3]
 # batches of 16 windows. It trains for about a minute; watch the loss fall and the text improve. The dotted lines are the
 # losses of a model that knows nothing and of the bigram model.
 #
-# The learning rate stays constant after the warm-up, so that training may end at any time. Instead of lowering it, the
-# evaluation uses an average of the parameters over the last steps (an exponential moving average, EMA).
+# The learning rate stays constant after the warm-up, so that training may end at any time.
 
 # %%
 SECONDS = float(os.environ.get("DEMO_SECONDS", "60"))  # of training
 quick = Config.from_dict(
     {
         "model": {"n_layer": 2, "n_head": 4, "d_model": 128, "context": 64, "dtype": "float32"},
-        "optimizer": {"learning_rate": 3e-3, "schedule": "constant", "warmup_steps": 50, "ema_decay": 0.98},
+        "optimizer": {"learning_rate": 3e-3, "schedule": "constant", "warmup_steps": 50},
         "train": {"steps": 3000, "batch_size": 16},
         "mesh": {"data": 1},
     }
 )
-quick = resolve(quick, mesh)
-live_model = GPT(quick.model, V, mesh)
+plan = make_plan(quick, devices=jax.devices()[:1])
+live_model = GPT(quick.model, V, plan.execution)
 live_optimizer = make_optimizer(quick.optimizer, quick.train.steps)
-live_state = init_state(live_model, live_optimizer, True, mesh, stream(quick.seed, INIT_STREAM))
-program = make_train_steps(quick, live_model, live_state, 100)
-loss_of_tokens = make_loss_of_tokens(live_model, batch_size=16)
+live_state = init_state(live_model, live_optimizer, plan.mesh, stream(quick.seed, INIT_STREAM))
+program = make_train_steps(plan, live_model, next_token_loss, live_state, 100)
+source = TokenWindows(tokens_N, batch_size=16, context=64)
 assert count_params(live_state.params) == count_by_hand(quick.model, V)
 print(f"{count_params(live_state.params):,} parameters")
 
 # %% [markdown]
-# The loop is the one that `train.py` uses. It calls the compiled steps, and callbacks at intervals. Here one callback
-# collects losses, and one writes a sample and redraws the picture.
+# The loop is the one that `train.py` uses. It calls the compiled steps and says after each call what came of it. Here we
+# collect the losses, and after every 50 steps write a sample and redraw the picture.
 
 # %%
 part = corpus.val[:20_001]
@@ -900,18 +908,14 @@ view = display(figure, display_id=True)
 begun = time.monotonic()
 
 
-def collect(moment):
-    losses.extend(moment.metrics["loss"][: moment.n_steps].tolist())
-
-
-def redraw(moment):
-    val_loss = loss_of_tokens(moment.state.eval_params, part)
-    validated.append((moment.step, val_loss))
+def redraw(info):
+    val_loss = loss_of_tokens(live_model, info.state.params, part, batch_size=16)
+    validated.append((info.step, val_loss))
     ids = np.concatenate(list(generate_tokens(
-        live_model.clone(mesh=None), moment.state.eval_params, np.array([[tokenizer.start_id]]), 120,
+        live_model, info.state.params, np.array([[tokenizer.start_id]]), 120,
         make_rules(temperature=0.8), jax.random.key(1),
     )), axis=1)  # fmt: skip
-    samples.append((moment.step, val_loss, tokenizer.decode(ids[0])))
+    samples.append((info.step, val_loss, tokenizer.decode(ids[0])))
     axis.clear()
     axis.plot(np.arange(1, len(losses) + 1), losses, color=BLUE, alpha=0.35, label="training batches")
     axis.plot(
@@ -930,15 +934,20 @@ def redraw(moment):
         view.update(figure)
 
 
-end, _ = train_loop(
-    lambda state, n, last_step: program(state, tokens_N, np.uint32(quick.seed), n, last_step),
-    Moment(step=0, last_step=quick.train.steps, state=live_state),
-    callbacks=[Callback(collect), Callback(redraw, every=50)],
-    is_stopped=lambda: time.monotonic() - begun > SECONDS and len(samples) > 1,
-    on_not_finite=lambda moment: sys.exit("the loss is not finite"),
-)  # fmt: skip
+def make_steps(state, n_steps, last_step):
+    return program(state, source, np.uint32(quick.seed), np.int32(n_steps), np.int32(last_step))
+
+
+start = StepInfo(step=0, last_step=quick.train.steps, state=live_state)
+for info in train_loop(make_steps, start, boundary=lambda step: next_multiple(step, 50)):
+    assert info.metrics["is_finite"]
+    losses.extend(info.metrics["loss"][: info.n_steps].tolist())
+    if info.is_due(every=50):
+        redraw(info)
+    if time.monotonic() - begun > SECONDS and info.step >= 300:
+        break
 plt.close(figure)
-step, live_state = end.step, end.state
+step, live_state = info.step, info.state
 print(f"{step} steps, validation loss {validated[-1][1]:.3f}; the bigram model has {bigram_there:.3f}")
 assert validated[-1][1] < bigram_there
 
@@ -955,8 +964,7 @@ for i in sorted({0, len(samples) // 2, len(samples) - 1}):
 # Why?</summary>
 #
 # Each training loss is the mean over one small batch (16 windows of 64 tokens), and some batches are harder than others. The
-# validation loss is a mean over 20,000 characters, the same ones each time. (It also uses an average of the parameters over
-# recent steps.)
+# validation loss is a mean over 20,000 characters, the same ones each time.
 # </details>
 
 # %% [markdown]
@@ -969,9 +977,7 @@ for i in sorted({0, len(samples) // 2, len(samples) - 1}):
 
 # %%
 logits_V = np.asarray(
-    live_model.apply({"params": live_state.eval_params}, tokenizer.encode("ROMEO:\nI will th")[None])[0][
-        0, -1
-    ]
+    live_model.apply({"params": live_state.params}, tokenizer.encode("ROMEO:\nI will th")[None])[0][0, -1]
 )
 order = np.argsort(-logits_V)
 
@@ -1032,20 +1038,21 @@ np.testing.assert_allclose(cached, whole, atol=1e-5)
 # text.
 
 # %%
-sampling_model = live_model.clone(mesh=None)
-unstacked = unstack_layers(live_state.eval_params)
+sampling_model = live_model
+unstacked = unstack_layers(live_state.params)
 prompt = tokenizer.encode("ROMEO:\nWhat")[None]
 n_prompt = prompt.shape[1]
 cache = prefill(sampling_model, unstacked, prompt[:, :-1], np.int32(n_prompt - 1))
 greedy = make_rules(greedy=True)
 last, cache, drawn = decode(
-    sampling_model, 53, unstacked, prompt[:, -1], cache, greedy, jax.random.key(0), np.int32(n_prompt)
+    sampling_model, unstacked, prompt[:, -1], cache, greedy, jax.random.key(0), n_prompt + np.arange(53)
 )
-written = np.concatenate([prompt, np.asarray(drawn)], axis=1)
-full, _ = sampling_model.apply({"params": live_state.eval_params}, written)
+tokens = np.asarray(drawn.tokens_BxN)
+written = np.concatenate([prompt, tokens], axis=1)
+full, _ = sampling_model.apply({"params": live_state.params}, written)
 logits, _ = sampling_model.apply({"params": unstacked}, last[:, None], cache)
 np.testing.assert_allclose(logits[:, 0], full[:, -1], atol=1e-3)
-np.testing.assert_array_equal(np.argmax(full[0, n_prompt - 1 : -1], -1), drawn[0])
+np.testing.assert_array_equal(np.argmax(full[0, n_prompt - 1 : -1], -1), tokens[0])
 print(tokenizer.decode(written[0]))
 
 # %% [markdown]
@@ -1186,7 +1193,7 @@ sizes = {
 }
 rows = []
 for name, (config, vocabulary) in sizes.items():
-    n_params = count_params(abstract_params(GPT(config, vocabulary), mesh))
+    n_params = count_params(abstract_params(GPT(config, vocabulary, resolve_execution(config)), plan.mesh))
     flops = flops_per_token(config, vocabulary)
     rows.append(
         (name, config.n_layer, config.n_head, config.d_model, config.context, vocabulary, n_params, flops)
