@@ -4,10 +4,10 @@
 
 One run after another is trained to its end by `train.py`, each disturbed at random instants: SIGKILL,
 SIGTERM or Ctrl-C (often twice), and between two processes now and then a damaged file in the newest
-checkpoint. Two thirds of the runs have long evaluations, and most of their faults come in the four seconds
-after the first one begins. At its end a run must equal the undisturbed one bit for bit: parameters,
-optimizer state, metrics, samples, and the losses of its best checkpoint. Prints a line for each run,
-and the counts at the end; exit status 1 if anything differs.
+checkpoint. Half of the runs have long evaluations, and most of their faults come in the four seconds after
+the first one begins. A quarter reads its batches from token files. At its end a run must equal the
+undisturbed one bit for bit: parameters, optimizer state, metrics, samples, and the losses of its best
+checkpoint. Prints a line for each run, and the counts at the end; exit status 1 if anything differs.
 """
 
 import argparse
@@ -25,16 +25,20 @@ from typing import Any
 
 from disturb import Training, differences, result_of, spoil_something, steps_of, undisturbed, write_text
 
+from gpt_jax.data.documents import find_documents
+from gpt_jax.data.prepare import prepare
 from gpt_jax.storage.checkpoints import Checkpoints
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 EXPECTED = {signal.SIGKILL: {-9, 0}, signal.SIGTERM: {143, 0}, signal.SIGINT: {130, 0}}
 
+TOKEN_FILES = "token files"
 # Settings besides those of `disturb.SETTINGS`, and the length of the text. A tenth of it is for validation.
 RECIPES: dict[str, tuple[dict[str, Any], int]] = {
     "short evaluations": ({}, 3_000),
     "long evaluations": ({}, 600_000),
     "a part, then all": ({"train.eval_tokens": 15_000}, 600_000),
+    TOKEN_FILES: ({"data.batches": "host"}, 30_000),
 }
 UNCACHED = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 
@@ -105,6 +109,7 @@ def main() -> int:
     """Soak, and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the counts here, too")
     flags = parser.parse_args()
@@ -123,13 +128,17 @@ def main() -> int:
             "TF_CPP_MIN_LOG_LEVEL": "3",
         }
         texts, wanted = {}, {}
-        for name, (settings, length) in RECIPES.items():
+        for name in flags.recipes:
+            settings, length = RECIPES[name]
             texts[name] = write_text(base / f"{name}.txt", length)
+            if name == TOKEN_FILES:
+                prepare(find_documents(texts[name]), "bpe:300", base / "tokens", 0.9)
+                texts[name] = base / "tokens"
             undisturbed(base / name, texts[name], settings)
             wanted[name] = result_of(base / name)
         while time.monotonic() - begun < 60 * flags.minutes:
             workdir = base / f"disturbed{counts['runs']}" / "run"
-            name = chance.choice(list(RECIPES))
+            name = chance.choice(flags.recipes)
             settings, length = RECIPES[name]
             problems = disturbed_run(
                 workdir, texts[name], settings, length > 100_000, chance, cache, counts
