@@ -69,11 +69,12 @@ from gpt_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig
 from gpt_jax.data.batches import TokenWindows, eval_windows, train_batch
 from gpt_jax.data.corpus import load_corpus
 from gpt_jax.data.tokenizers import CharTokenizer
+from gpt_jax.model.attention import attend, causal_mask
 from gpt_jax.model.layers import make_norm
 from gpt_jax.model.loss import loss_of_tokens, next_token_loss, token_losses
 from gpt_jax.model.options import rotate
 from gpt_jax.model.params import abstract_params, count_params, flops_per_token, init_params, unstack_layers
-from gpt_jax.model.transformer import GPT, MLP, Block, CausalSelfAttention, attend, causal_mask
+from gpt_jax.model.transformer import GPT, MLP, Block, CausalSelfAttention
 from gpt_jax.parallel.execution import resolve_execution
 from gpt_jax.parallel.mesh import make_mesh
 from gpt_jax.plan import make_plan

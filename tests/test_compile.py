@@ -10,6 +10,7 @@ import jax
 import jax.export
 import numpy as np
 import pytest
+import tokenizers
 from conftest import make_gpt
 from test_commands import environment
 
@@ -204,6 +205,30 @@ def test_a_mesh_that_a_slice_cannot_hold_is_one_line_or_fits(topology, mesh):
             make_mesh(MeshConfig(**sizes), devices)
     else:
         assert make_mesh(MeshConfig(**sizes), devices).size == len(devices)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_gpt2_small_is_compiled_on_token_files(tmp_path):
+    """Two of its layers, with its vocabulary, by the command that docs/accelerators.md shows."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(50_257)}, "w0"))
+    words.save(str(tmp_path / "words.json"))
+    for name in ("text_train_0", "text_val_0"):
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, 5000
+        ids = np.arange(5000, dtype="<u2")
+        (tmp_path / f"{name}.bin").write_bytes(header.tobytes() + ids.tobytes())
+    done = compile_it(
+        "--topology=v5e:2x4", "--programs=train", f"--json={tmp_path}/out.json", "--config.model.n_layer=2",
+        "--config.train.grad_accum_steps=4", f"--config.data.path={tmp_path}",
+        f"--config.data.tokenizer={tmp_path}/words.json", config="gpt2_124m",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (program,) = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["programs"]
+    config = ModelConfig(n_layer=2, n_head=12, d_model=768, context=1024)
+    assert program["flops"] == pytest.approx(512 * 1024 / 8 * flops_per_token(config, 50_257))
+    # The logits of 16 windows at once would be 3.3 GB, and as much again their gradient.
+    assert program["temporaries"] < 6e9
 
 
 @needs_libtpu

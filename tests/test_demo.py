@@ -65,8 +65,8 @@ def test_it_runs_in_a_kernel(tmp_path):
 # What is broken, in which module, and in which section an assertion must notice.
 BROKEN = {
     "the loss": ("model.loss", "token_losses", "lambda logits, targets: 1.01 * f(logits, targets)"),
-    "the scale": ("model.transformer", "attend", "lambda q, *rest, **k: f(2 * q, *rest, **k)"),
-    "the mask": ("model.transformer", "causal_mask", "lambda p, n: f(p, n) | True"),
+    "the scale": ("model.attention", "attend", "lambda q, *rest, **k: f(2 * q, *rest, **k)"),
+    "the mask": ("model.attention", "causal_mask", "lambda p, n: f(p, n) | True"),
     "the rotation": ("model.options", "rotate", "lambda x, p, base: f(x, p + p, base)"),
     "the norm": ("model.layers", "make_norm", "lambda *a: f(*a).clone(epsilon=0.1)"),
     "the decay": ("model.params", "is_matrix", "lambda params: jax.tree.map(lambda _: False, params)"),

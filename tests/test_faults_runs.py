@@ -438,6 +438,18 @@ def test_a_disk_that_fails(start, whole, faults_library, operations, tmp_path, e
     assert_ends_as(start, whole, workdir)
 
 
+def test_a_full_disk_is_named_first(start, faults_library, tmp_path):
+    unfinished = tmp_path / "run" / "checkpoints" / "30.unfinished"
+    environment = {"LD_PRELOAD": str(faults_library), "FAULT_ROOT": str(unfinished), "FAULT_DO": str(ENOSPC),
+                   "FAULT_AT": "6"}  # fmt: skip
+    training = start(environment=environment)
+    assert training.wait(timeout=120) == 1, training.output
+    line = re.escape(f"error: no space left on device: the checkpoint of step 30 could not be saved in "
+                     f"{tmp_path / 'run' / 'checkpoints'}, which takes ")  # fmt: skip
+    last = training.output.splitlines()[-1]
+    assert re.fullmatch(line + r"0\.\d MB; the one of step 20 is kept", last), training.output
+
+
 @pytest.mark.parametrize("at", [3, 2, 4, 6, 8, 12])
 def test_a_save_that_fails_early_ends_the_process(start, whole, faults_library, tmp_path, at):
     """Not ten minutes later: threads of Orbax wait that long for what a failed save never comes to."""

@@ -12,13 +12,13 @@ from conftest import MODELS, NAMES, VOCAB, apply, init, make_gpt, make_params, s
 from flax import linen as nn
 
 from gpt_jax.config import Config
-from gpt_jax.model import transformer
+from gpt_jax.model import attention
+from gpt_jax.model.attention import attend
 from gpt_jax.model.cache import empty_cache
 from gpt_jax.model.cpu import attend_by_sums, attend_in_blocks, linear_product
 from gpt_jax.model.loss import next_token_loss, token_losses
 from gpt_jax.model.options import bigram_ids, n_bigram_ids
 from gpt_jax.model.params import count_params, init_params, unstack_layers
-from gpt_jax.model.transformer import attend
 from gpt_jax.paths import ROOT as REPOSITORY
 
 
@@ -283,7 +283,7 @@ def test_dropout_is_drawn_for_each_block_of_queries(monkeypatch):
         seen.append((mask_index, *weights.shape[2:]))
         return weights
 
-    monkeypatch.setattr(transformer, "dropout", drop)
+    monkeypatch.setattr(attention, "dropout", drop)
     q = jnp.zeros((1, 1, 8, 4))
     attend_in_blocks(attend, 3, q, q, q, jnp.tri(8, dtype=bool))
     assert seen == [(2, 2, 2), (3, 3, 5), (4, 3, 8)]

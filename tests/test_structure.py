@@ -12,7 +12,18 @@ from gpt_jax.paths import ROOT as REPOSITORY
 
 PACKAGE = REPOSITORY / "gpt_jax"
 # Modules at the top, which import only each other.
-BASE = {"checks", "config", "config_files", "errors", "files", "paths", "records", "rng", "version"}
+BASE = {
+    "checks",
+    "config",
+    "config_files",
+    "errors",
+    "files",
+    "jax_settings",
+    "paths",
+    "records",
+    "rng",
+    "version",
+}
 MAY_IMPORT = {
     "data": set(),
     "parallel": set(),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from gpt_jax.errors import RunError, UserError
+from gpt_jax.jax_settings import default_jax_settings
 from gpt_jax.monitor.output import steady_output
 
 
@@ -19,7 +20,7 @@ def run_main(main: Callable[[], int | None]) -> int:
         The exit status: what `main` returns (None is 0), or 2 for bad input or a file that cannot be used.
         The process exits at once with 1 on a `RunError`, 130 on Ctrl-C, and 128 + n if signal n stopped it.
     """
-    with steady_output():
+    with steady_output(), default_jax_settings():
         try:
             status = main() or 0
             if status > 128:  # a signal stopped it: a thread may still be compiling

@@ -17,6 +17,7 @@ from flax import struct
 
 from gpt_jax.data.tokens import FileTokens, Tokens
 from gpt_jax.errors import UserError
+from gpt_jax.jax_settings import default_jax_settings
 from gpt_jax.rng import BATCH_STREAM, stream
 
 ON_DEVICE = 2**26  # bytes; a larger training split stays in its files
@@ -145,6 +146,7 @@ class WindowReader:
     def _submit(self, step: int) -> Future[np.ndarray]:
         return self._thread.submit(self._read_from, step)
 
+    @default_jax_settings()
     def _read_from(self, first: int) -> np.ndarray:
         steps = range(first, first + self.shape[0])
         self._read = {step: self._read[step] if step in self._read else self._batch(step) for step in steps}

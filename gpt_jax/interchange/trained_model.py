@@ -16,10 +16,12 @@ from gpt_jax.data.tokenizers import Tokenizer
 from gpt_jax.data.tokens import Tokens
 from gpt_jax.errors import UserError
 from gpt_jax.interchange.model_folder import is_exported, read_exported
+from gpt_jax.jax_settings import default_jax_settings, each_with_default_jax_settings
 from gpt_jax.model.layers import Params
 from gpt_jax.model.loss import loss_of_tokens
 from gpt_jax.model.params import abstract_params, count_params, unstack_layers
 from gpt_jax.model.transformer import GPT
+from gpt_jax.parallel.devices import local_devices
 from gpt_jax.plan import Plan, make_plan
 from gpt_jax.records import Record, read_metrics
 from gpt_jax.rng import SAMPLE_STREAM, stream
@@ -99,6 +101,7 @@ class TrainedModel:
         joined = ["".join(text) for text in texts]
         return joined[0] if isinstance(prompt, str) else joined
 
+    @default_jax_settings()
     def stream(
         self,
         prompt: str | Sequence[str],
@@ -136,10 +139,10 @@ class TrainedModel:
         end_id = getattr(tokenizer, "end_id", None)  # a tokenizer of your own may have none
         texts = [GrowingText(tokenizer.decoder(), stops, end_id) for _ in rows]
         key = stream(seed, SAMPLE_STREAM)
-        return _grow(
-            texts, length, generate_pieces(self.module, self.params, rows, length, rules, key, window)
-        )
+        pieces = generate_pieces(self.module, self.params, rows, length, rules, key, window)
+        return _grow(texts, length, each_with_default_jax_settings(pieces))
 
+    @default_jax_settings()
     def logits(self, text: str) -> np.ndarray:
         """The logits of the token after each token of a text: float32 [T, V].
 
@@ -148,6 +151,7 @@ class TrainedModel:
         """
         return np.asarray(_logits(self.module, self.params, self._window(text))[0])
 
+    @default_jax_settings()
     def attention(self, text: str) -> np.ndarray:
         """Attention weights, float32 [L, H, T, T], of a text as for `logits`.
 
@@ -156,6 +160,7 @@ class TrainedModel:
         """
         return np.asarray(_attention(self.module, self.params, self._window(text)))
 
+    @default_jax_settings()
     def loss(self, text: str | Tokens) -> float:
         """Nats per token of a text of two tokens or more, or of its ids [N]: see `loss_of_tokens`."""
         tokens_N = self.tokenizer.encode(text) if isinstance(text, str) else text
@@ -195,6 +200,7 @@ def _attention(module: GPT, params: Params, tokens_1xT: np.ndarray) -> jax.Array
     return jnp.stack(weights)
 
 
+@default_jax_settings()
 def load(workdir: str | Path, which: str = "best") -> TrainedModel:
     """Read the model of a run, or one that `python -m gpt_jax export` wrote.
 
@@ -209,6 +215,7 @@ def load(workdir: str | Path, which: str = "best") -> TrainedModel:
     workdir = Path(workdir).expanduser()
     if which not in ("best", "last"):
         raise UserError(f"which = {which!r} must be 'best' or 'last'")
+    local_devices()  # one error for a missing platform, whatever is read
     if has_checkpoint(workdir):
         source, (metadata, params) = f"{which} checkpoint", _read_checkpoint(workdir, which)
     elif is_exported(workdir):
@@ -224,7 +231,7 @@ def _for_one_device(metadata: Metadata) -> tuple[Plan, GPT]:
     """The plan and the module, for one device of this machine whatever training had."""
     train = replace(metadata.config.train, grad_accum_steps=0)
     config = replace(metadata.config, mesh=MeshConfig(data=1), train=train)
-    plan = make_plan(config, devices=jax.devices()[:1])
+    plan = make_plan(config, devices=local_devices()[:1])
     if metadata.total_steps is not None:
         plan = replace(plan, steps=metadata.total_steps, steps_were_chosen=True)
     return plan, GPT(plan.config.model, metadata.tokenizer.vocab_size, plan.execution)

@@ -1,7 +1,7 @@
 """The transformer: a decoder-only stack of blocks, GPT-2's by default.
 
-Embedding, head, block, attention and MLP from top to bottom. What GPT-2 does not have is in `options.py`, the
-KV cache in `cache.py`, what only a CPU needs in `cpu.py`, cuDNN's attention and sharding in `parallel/`.
+Embedding, head, block, attention and MLP from top to bottom; what a head computes is in `attention.py`. What
+GPT-2 does not have is in `options.py`, the KV cache in `cache.py`, what only a CPU needs in `cpu.py`.
 
 Names end in shapes: `B` batch, `T` time, `S` time of the keys, `D` model width, `H` heads, `K` head width,
 `F` MLP width, `G` projections into the MLP (two for a gated one), `V` vocabulary, `L` layers.
@@ -10,7 +10,6 @@ Sources: "Attention Is All You Need" (Vaswani et al. 2017); GPT-2 (Radford et al
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,9 +18,10 @@ from flax import linen as nn
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.model import cpu, options
+from gpt_jax.model.attention import attend_to_cache, attend_within, attention_weights, causal_mask
 from gpt_jax.model.cache import Cache, LayerCache
 from gpt_jax.model.layers import dropout, dropout_seeds, make_embedding, make_linear, make_norm, make_stack
-from gpt_jax.parallel.execution import Execution, attend_by_cudnn
+from gpt_jax.parallel.execution import Execution
 from gpt_jax.parallel.mesh import split_batch
 
 
@@ -146,65 +146,17 @@ class CausalSelfAttention(nn.Module):
         positions_BxT = positions_T[None] if cache is None else cache.positions(positions_T)
         q_BxHxTxK, k_BxHxTxK = options.norm_and_rotate(config, execution, q_BxHxTxK, k_BxHxTxK, positions_BxT)
         rate = 0.0 if seed_2 is None else config.attention_dropout
-        if cache is not None:
-            cache = cache.add_keys(k_BxHxTxK, v_BxHxTxK, positions_T[0], execution)
-            mask_BxTxS = cache.mask(positions_T)
-            by_sums = execution.on_cpu and cpu.sums_are_faster(len(positions_T), cache.v_BxHxSxK.size)
-            attend_to_cache = cpu.attend_by_sums if by_sums else partial(attend, keys="bhks")
-            y_BxHxTxK = attend_to_cache(q_BxHxTxK, cache.k_BxHxKxS, cache.v_BxHxSxK, mask_BxTxS)
-        elif execution.attention == "cudnn" and rate == 0:
-            y_BxHxTxK = attend_by_cudnn(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK)
+        if cache is None:
+            y_BxHxTxK = attend_within(execution, q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, positions_T, rate, seed_2)
         else:
-            mask_TxT = causal_mask(positions_T, len(positions_T))
-            attend_here = partial(attend, rate=rate, seed_2=seed_2)
-            if execution.query_blocks > 1:
-                attend_here = partial(cpu.attend_in_blocks, attend_here, execution.query_blocks)
-            y_BxHxTxK = attend_here(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, mask_TxT)
+            cache = cache.add_keys(k_BxHxTxK, v_BxHxTxK, positions_T[0], execution)
+            y_BxHxTxK = attend_to_cache(execution, q_BxHxTxK, cache, positions_T)
         if cache is None and self.is_mutable_collection("intermediates"):  # somebody looks at the weights
             mask_TxT = causal_mask(positions_T, len(positions_T))
             self.sow("intermediates", "weights_BxHxTxS", attention_weights(q_BxHxTxK, k_BxHxTxK, mask_TxT))
         axes = ("heads", None, "embed")
         out = make_linear(config, execution, config.d_model, axes, "out", axis=(1, 3), residual=True)
         return out(y_BxHxTxK), cache
-
-
-def causal_mask(positions_T: jax.Array, n_keys: int) -> jax.Array:
-    """Bool [T, S], true where a query at position p may read a key at a position up to p."""
-    return positions_T[:, None] >= jnp.arange(n_keys)[None, :]
-
-
-def attend(
-    q_BxHxTxK: jax.Array,
-    k_BxHxSxK: jax.Array,
-    v_BxHxSxK: jax.Array,
-    mask: jax.Array,
-    rate: float = 0.0,
-    seed_2: jax.Array | None = None,
-    block: int = 0,
-    keys: str = "bhsk",
-) -> jax.Array:
-    """Scaled dot-product attention: softmax(q k^T / sqrt(K)) v, [B, H, T, K] in the type of the queries.
-
-    A query reads the keys where the mask is true, [T, S] or [B, T, S]. `rate` and `seed_2` drop weights, each
-    `block` of queries with a mask of its own; `keys` is the order of the axes of the keys, which is another
-    in the cache.
-    """
-    # `jax.nn.dot_product_attention` cannot drop weights, and made a small model's step 8% slower on a CPU.
-    weights_BxHxTxS = attention_weights(q_BxHxTxK, k_BxHxSxK, mask, keys).astype(q_BxHxTxK.dtype)
-    weights_BxHxTxS = dropout(weights_BxHxTxS, rate, seed_2, 2 + block)  # masks 0 and 1 are those of `Block`
-    return jnp.einsum("bhts,bhsk->bhtk", weights_BxHxTxS, v_BxHxSxK)
-
-
-def attention_weights(
-    q_BxHxTxK: jax.Array, k_BxHxSxK: jax.Array, mask: jax.Array, keys: str = "bhsk"
-) -> jax.Array:
-    """How much each query reads of each key: float32 [B, H, T, S], each row sums to 1; as in `attend`."""
-    q_BxHxTxK = q_BxHxTxK * q_BxHxTxK.shape[-1] ** -0.5  # not in place: NumPy would change the caller's
-    axes = f"bhtk,{keys}->bhts"
-    scores_BxHxTxS = jnp.einsum(axes, q_BxHxTxK, k_BxHxSxK, preferred_element_type=jnp.float32)
-    mask_Bx1xTxS = mask.reshape(-1, 1, *mask.shape[-2:])
-    scores_BxHxTxS = jnp.where(mask_Bx1xTxS, scores_BxHxTxS, jnp.finfo(jnp.float32).min)
-    return jax.nn.softmax(scores_BxHxTxS, axis=-1)
 
 
 class MLP(nn.Module):

@@ -5,10 +5,32 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.backend import clear_backends
 from jax.sharding import Mesh
 
 from gpt_jax.config import Dtype
 from gpt_jax.errors import UserError
+
+# What installs a platform that JAX_PLATFORMS can name.
+INSTALL = {name: 'pip install "jax[cuda12]"' for name in ("cuda", "gpu")} | {"tpu": 'pip install "jax[tpu]"'}
+
+
+def local_devices() -> list[jax.Device]:
+    """JAX's devices; a UserError where it finds none of the platform that JAX_PLATFORMS asks for."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError, ValueError) as error:  # JAX raises any of these
+        wanted = jax.config.jax_platforms
+        if not wanted:
+            raise UserError(f"JAX finds no device: {' '.join(str(error).split())[:300]}") from None
+    try:
+        jax.config.update("jax_platforms", "")
+        found = describe_devices()
+    finally:
+        jax.config.update("jax_platforms", wanted)
+        clear_backends()  # else JAX would go on with the devices found
+    install = next((f", or install it: {INSTALL[name]}" for name in wanted.split(",") if name in INSTALL), "")
+    raise UserError(f"JAX_PLATFORMS = {wanted!r}: JAX finds only {found}; unset JAX_PLATFORMS{install}")
 
 
 def auto_dtype(platform: str, compute_capability: str = "") -> Dtype:
@@ -36,7 +58,7 @@ def first_device(mesh: Mesh | None = None) -> tuple[str, str]:
 
     "cpu", "gpu" or "tpu"; the compute capability is "" if it is not an NVIDIA GPU.
     """
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    device = local_devices()[0] if mesh is None else mesh.devices.flat[0]
     return device.platform, str(getattr(device, "compute_capability", ""))
 
 
@@ -45,6 +67,7 @@ def check_backend() -> None:
 
     jaxlib 0.10.2 does so on CPUs, without an error (jax issue 39103).
     """
+    local_devices()
     numbers_N = np.arange(32_769, dtype=np.float32)  # the error begins at this length
     rows_Nx3 = np.stack([numbers_N, 0 * numbers_N, 0 * numbers_N], axis=1)
     identity = jnp.eye(3)
@@ -79,5 +102,5 @@ def make_deterministic() -> None:
 
 def describe_devices(mesh: Mesh | None = None) -> str:
     """`1 x NVIDIA H200 (gpu)`: the devices of a mesh, or of this machine, in words."""
-    devices = jax.devices() if mesh is None else list(mesh.devices.flat)
+    devices = local_devices() if mesh is None else list(mesh.devices.flat)
     return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gpt_jax.config import MeshConfig
 from gpt_jax.errors import UserError
+from gpt_jax.parallel.devices import local_devices
 
 # From the logical axes that the model names to axes of the mesh. The vocabulary of a character model is small
 # and odd (65), so it is not split.
@@ -31,7 +32,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     Raises:
         UserError: there are too few devices, or they cannot be arranged in this shape.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = local_devices() if devices is None else devices
     n_other = config.fsdp * config.tensor
     shape = (config.data or max(len(devices) // n_other, 1), config.fsdp, config.tensor)
     settings = f"mesh.data x mesh.fsdp x mesh.tensor = {' x '.join(map(str, shape))}"

@@ -36,6 +36,7 @@ from gpt_jax.storage.metadata import FormatError, Metadata
 T = TypeVar("T")
 METADATA, AMENDED = "metadata.json", ".amended.json"
 MAX_BYTES = 2**26  # a larger file of JSON is not read
+NO_SPACE = "no space left"  # what the system says of a full disk, in lower case
 TEMPORARY, DELETED, DAMAGED = ".unfinished", ".deleted", ".damaged"
 
 
@@ -52,6 +53,7 @@ class Checkpoints:
         self.folder = folder.absolute()  # Orbax wants absolute paths
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._background = ThreadPoolExecutor(1)
+        self._n_bytes = 0  # of the arrays of the newest checkpoint
         self._saving: Future[None] | None = None
 
     def steps(self) -> list[int]:
@@ -85,6 +87,7 @@ class Checkpoints:
             return
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         temporary = self.folder / f"{step}{TEMPORARY}"
+        self._n_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
         with self._failure_named(step):
             self._orbax.save(temporary, args=ocp.args.Composite(**arrays))
         self._saving = self._background.submit(self._finish, step, temporary, json.dumps(metadata))
@@ -224,11 +227,13 @@ class Checkpoints:
         except Exception as error:  # whatever it is, the run must not continue as if it were saved
             for leftover in self.folder.glob(f"{step}{TEMPORARY}*"):
                 shutil.rmtree(leftover, ignore_errors=True)  # a full disk needs the room
-            kept = [other for other in self.steps() if other != step][-1:]
-            raise RunError(
-                f"the checkpoint of step {step:,} could not be saved in {self.folder}: {one_line(error)}; "
-                + (f"the one of step {kept[0]:,} is kept" if kept else "there is no earlier one")
-            ) from error
+            others = [other for other in self.steps() if other != step][-1:]
+            kept = f"the one of step {others[0]:,} is kept" if others else "there is no earlier one"
+            what = f"the checkpoint of step {step:,} could not be saved in {self.folder}"
+            if NO_SPACE in str(error).lower():  # tensorstore says it in the middle of a long message
+                size = f"{self._n_bytes / 1e6:,.1f} MB"
+                raise RunError(f"{NO_SPACE} on device: {what}, which takes {size}; {kept}") from error
+            raise RunError(f"{what}: {one_line(error)}; {kept}") from error
 
 
 def read_metadata(checkpoints: Checkpoints, step: int) -> Metadata:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from threading import Thread
 from typing import Any, TypeVar
 
+from gpt_jax.jax_settings import default_jax_settings
 from gpt_jax.training.loop import Stopped
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
@@ -58,7 +59,8 @@ class StopRequest:
 
         def run() -> None:
             try:
-                future.set_result(function())
+                with default_jax_settings():
+                    future.set_result(function())
             except BaseException as error:  # raised again in the thread that waits
                 future.set_exception(error)
 

@@ -11,6 +11,7 @@ from gpt_jax.config import Config
 from gpt_jax.config_files import read_config
 from gpt_jax.errors import UserError
 from gpt_jax.interchange.trained_model import TrainedModel, load
+from gpt_jax.jax_settings import default_jax_settings
 from gpt_jax.paths import ARTIFACTS
 from gpt_jax.trainer.run import train as train_run
 from gpt_jax.trainer.signals import StopRequest
@@ -70,6 +71,7 @@ class Trainer:
         self._callbacks = [call if isinstance(call, Callback) else Callback(call) for call in callbacks]
         self._stop = StopRequest()
 
+    @default_jax_settings()
     def train(self) -> TrainedModel:
         """Train, or resume, the run to its end, or until it is stopped.
 
