@@ -96,9 +96,11 @@ def test_the_fingerprint_tells_where_documents_end(tmp_path):
         ("a.txt.gz", gzip.compress(b"abc" * 9999)[:-20], "is damaged or cut off"),
         ("a.txt.zst", b"no zstd", "is damaged or cut off"),
         ("a.txt.zst", zstd.compress(b"abc" * 9999)[:-5], "is damaged or cut off"),
+        ("a.txt", gzip.compress(b"abc"), "is compressed: let its name end in .gz, or decompress it"),
+        ("a.txt", b"\x28\xb5\x2f\xfd", "is compressed: let its name end in .zst"),
         ("a.txt", b"ab\xed\xa0\x80", "is not UTF-8: byte 0xed at offset 2"),  # a surrogate
     ],
-    ids=range(12),  # gzip writes the time into its bytes
+    ids=range(14),  # gzip writes the time into its bytes
 )
 def test_damaged_files_are_named(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)

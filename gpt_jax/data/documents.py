@@ -20,6 +20,7 @@ BLOCK = 2**20  # bytes that are read and decoded at a time
 MAX_LINE = 2**26  # bytes of one line of a .jsonl file
 # What decompresses to more than this many times its size, after the first 64 MiB, is taken for a bomb.
 MAX_EXPANSION, UNCHECKED = 200, 2**26
+COMPRESSED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}  # how such files begin
 GIVE_A_PATH = "give the path of a UTF-8 text file"
 
 Progress = Callable[[int, int], None]  # called with the bytes that are done and all bytes
@@ -177,6 +178,8 @@ def _decode(path: Path, stream: io.RawIOBase) -> Iterator[str | None]:
     end, is_first = 0, True
     while True:
         data = stream.read(BLOCK) or b""
+        if suffix := next((s for magic, s in COMPRESSED.items() if not end and data.startswith(magic)), None):
+            raise UserError(f"text file {path} is compressed: let its name end in {suffix}, or decompress it")
         end += len(data)
         try:
             text = decoder.decode(data, final=not data)
