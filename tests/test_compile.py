@@ -227,8 +227,8 @@ def test_gpt2_small_is_compiled_on_token_files(tmp_path):
     (program,) = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["programs"]
     config = ModelConfig(n_layer=2, n_head=12, d_model=768, context=1024)
     assert program["flops"] == pytest.approx(512 * 1024 / 8 * flops_per_token(config, 50_257))
-    # The logits of 16 windows at once would be 3.3 GB, and as much again their gradient.
-    assert program["temporaries"] < 6e9
+    # The logits of all 16 windows of a device would be 3.3 GB.
+    assert program["temporaries"] < 4.4e9  # 5.1e9 without pieces
 
 
 @needs_libtpu
