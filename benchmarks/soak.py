@@ -132,7 +132,7 @@ def main() -> int:
             settings, length = RECIPES[name]
             texts[name] = write_text(base / f"{name}.txt", length)
             if name == TOKEN_FILES:
-                prepare(find_documents(texts[name]), "bpe:300", base / "tokens", 0.9)
+                prepare(find_documents(texts[name]), "bpe:280", base / "tokens", 0.9)
                 texts[name] = base / "tokens"
             undisturbed(base / name, texts[name], settings)
             wanted[name] = result_of(base / name)
