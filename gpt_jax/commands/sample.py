@@ -72,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     prompts = _prompts(flags, model)
     pieces = model.stream(prompts, flags.length, rules, num_samples=flags.num_samples, seed=flags.seed, **how)
+    if flags.logprobs is not None and flags.logprobs.resolve() == flags.out.resolve():
+        raise UserError(f"--out and --logprobs both name {flags.out}: name two files")
     for name, file in (("out", flags.out), ("logprobs", flags.logprobs)):
         if file is not None and file.is_dir():
             raise UserError(f"{name} = {file} is a folder: name a file in it")
@@ -184,6 +186,8 @@ def _prompts(flags: Any, model: TrainedModel) -> list[str]:
         return [read_text(flags.prompt_file)]
     if flags.prompts_file is None:
         return [_typed("prompt", flags.prompt or "", model)]
+    if ".jsonl" in flags.prompts_file.suffixes:
+        raise UserError(f"prompts_file = {flags.prompts_file}: each line must be a prompt, not JSON")
     file, text = flags.prompts_file, read_text(flags.prompts_file)
     prompts = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
     if not 0 < len(prompts) * flags.num_samples <= MAX_TEXTS:

@@ -86,11 +86,11 @@ class TrainedModel:
         """Continue `prompt` by at most `length` tokens and return their text, without the prompt.
 
         Several prompts, of any lengths, are continued side by side: a list of texts. An empty prompt stands
-        for a line feed. The same seed gives the same text. `window` is what the model sees past its context
-        (`sampling/generate.py`). A text ends before the first of the strings `stop`, or at the tokenizer's
-        end of text. The rules are temperature, top_k, top_p, min_p, greedy and repetition_penalty
-        (`sampling/rules.py`, `make_rules`). Raises `UserError` if an argument is out of its range, or if a
-        character is unknown.
+        for end of text, or for a line feed where the tokenizer has none. The same seed gives the same text.
+        `window` is what the model sees past its context (`sampling/generate.py`). A text ends before the
+        first of the strings `stop`, or at the tokenizer's end of text. The rules are temperature, top_k,
+        top_p, min_p, greedy and repetition_penalty (`sampling/rules.py`, `make_rules`). Raises `UserError` if
+        an argument is out of its range, or if a character is unknown.
         """
         pieces = self.stream(prompt, length, make_rules(**rules), seed=seed, window=window, stop=stop)
         n_texts = 1 if isinstance(prompt, str) else len(prompt)
@@ -134,7 +134,7 @@ class TrainedModel:
             raise UserError(f"seed = {seed} must lie in [0, 2**32)")
         # The model predicts from at least one token.
         start, tokenizer = np.array([self.tokenizer.start_id], np.int32), self.tokenizer
-        encoded = [tokenizer.encode(text) if text else start for text in prompts]
+        encoded = [ids if len(ids) else start for ids in map(tokenizer.encode, prompts)]
         rows = [ids for ids in encoded for _ in range(num_samples)]  # one array for all texts of a prompt
         end_id = getattr(tokenizer, "end_id", None)  # a tokenizer of your own may have none
         texts = [GrowingText(tokenizer.decoder(), stops, end_id) for _ in rows]

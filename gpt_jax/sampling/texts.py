@@ -63,8 +63,8 @@ class GrowingText:
             self._stop()
         if is_last and self.ended is None:
             self.ended = "length"
-        if self.ended in ("length", "end_of_text") and self._held:  # half a character, if there is one
-            last = self._held[-1]
+        if self.ended in ("length", "end_of_text") and self._held:
+            last = self._held[-1]  # which may have begun a character
             self._held[-1] = last._replace(text=last.text + self._decode(ids_N[:0], True))
         given = len(self._held) if self.ended else self._n_decided()
         piece, self._held = Piece(self._held[:given], self.ended), self._held[given:]
@@ -84,9 +84,12 @@ class GrowingText:
                 left -= len(token.text)
 
     def _n_decided(self) -> int:
-        """How many of the tokens held cannot lie in a stop string."""
+        """How many of the tokens held are not part of a stop string or a character to be completed."""
+        whole = len(self._held)
+        while whole and not self._held[whole - 1].text:
+            whole -= 1
         if not self._stops:
-            return len(self._held)
+            return whole
         text = "".join(token.text for token in self._held)
         open_ = [n for n in range(len(text)) if any(stop.startswith(text[n:]) for stop in self._stops)]
         first, end = open_[0] if open_ else len(text), 0
@@ -94,4 +97,4 @@ class GrowingText:
             end += len(token.text)
             if end > first:
                 return n
-        return len(self._held)
+        return whole
