@@ -9,7 +9,7 @@ AdamW with betas 0.9 and 0.95, weight decay 0.1, clipping at 1. As there, the lo
 tokens is computed every 250 steps. llm.c's padding of the vocabulary to 50,304 tokens is left out.
 
 `data.path` is a folder of token files with llm.c's header, *_train_*.bin and *_val_*.bin. llm.c makes them:
-`python dev/data/fineweb.py --version 10B`; `python -m gpt_jax prepare` makes them of a text.
+`python dev/data/fineweb.py --version 10B`. A folder that `prepare --tokenizer gpt2` wrote works too.
 """
 
 from ml_collections import ConfigDict
