@@ -5,10 +5,14 @@ import json
 import os
 import tracemalloc
 
+import numpy as np
 import pytest
 
-from gpt_jax.data.corpus import load_corpus
+from gpt_jax.data.bpe import ByteTokenizer
+from gpt_jax.data.corpus import encode_file, load_corpus
 from gpt_jax.data.documents import BLOCK, MAX_EXPANSION, find_documents
+from gpt_jax.data.prepare import scan
+from gpt_jax.data.token_files import find_token_files
 from gpt_jax.errors import UserError
 
 zstd = pytest.importorskip("backports.zstd")
@@ -70,6 +74,43 @@ def test_documents_are_not_cut_where_one_begins_after_the_position(tmp_path):
     assert (len(corpus.train), len(corpus.val), corpus.split) == (190, 20, "by document")
     corpus = load_corpus(tmp_path / "few.jsonl", 8, 0.95)  # within the last document
     assert (len(corpus.train), len(corpus.val), corpus.split) == (199, 11, "by position")
+
+
+def test_hidden_folders_are_not_read(tmp_path):
+    for name in (".git/config", "a/x.txt", "a/.b/y.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    assert [file.relative_to(tmp_path).as_posix() for file in find_documents(tmp_path).files] == ["a/x.txt"]
+
+
+def test_all_documents_of_a_text_are_counted(tmp_path):
+    """Of one without a training split, as bits per byte need them."""
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).write_text("é" * 50)
+    ids, n_characters, n_bytes = encode_file(tmp_path, ByteTokenizer())
+    assert (len(ids), n_characters, n_bytes) == (303, 150, 300)
+
+
+def test_empty_documents_are_in_the_fingerprint(tmp_path):
+    found = set()
+    for n, texts in enumerate((["ab", "cd"], ["ab", "", "cd"], ["", "ab", "cd"], ["ab", "cd", ""])):
+        file = tmp_path / f"{n}.jsonl"
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        found.add(scan(find_documents(file), 0.9).digest)
+    assert len(found) == 4
+
+
+def test_files_of_tokens_are_not_read_as_text(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    np.arange(4, dtype="<u2").tofile(tmp_path / "b.bin")
+    with pytest.raises(UserError, match=r"b.bin holds tokens: name texts only"):
+        find_documents(tmp_path)
+    with pytest.raises(UserError, match=r"matches token files and others: name one kind, such as b.bin"):
+        load_corpus(tmp_path / "*", 16, 0.9)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.bin").rename(tmp_path / "sub" / "b.bin")
+    assert find_token_files(tmp_path / "s*" / "b.bin") == [tmp_path / "sub" / "b.bin"]
+    assert find_token_files(tmp_path / "**.txt") == []
 
 
 def test_the_fingerprint_tells_where_documents_end(tmp_path):

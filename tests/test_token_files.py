@@ -90,7 +90,7 @@ def test_batches_read_from_files_are_those_of_the_device(tmp_path, n_tokens, bat
     for name, part in zip("abc", np.array_split(ids, 3), strict=True):
         part.tofile(tmp_path / f"{name}.bin")
     tokens = FileTokens([TokenFile(tmp_path / f"{name}.bin", np.dtype("<u2")) for name in "abc"])
-    reader = WindowReader(tokens, batch_size, context, seed, 2**16, 5)
+    reader = WindowReader(tokens, batch_size, context, seed, 5)
     batch, key = jax.jit(train_batch, static_argnums=(3, 4)), stream(seed, BATCH_STREAM)
     for step, n_steps in ((0, 1), (1, 5), (6, 2), (8, 1), (40, 3)):
         windows = reader.read(step, n_steps)
@@ -110,7 +110,7 @@ def test_positions_have_64_bits(tmp_path):
         file.write(np.full(5 * 10**6, 7, "<u2").tobytes())
     tokens = FileTokens([TokenFile(tmp_path / "a.bin", np.dtype("<u2"))])
     assert len(tokens) == n and tokens[n - 3 :].tolist() == [7, 7, 7]
-    reader, firsts, read = WindowReader(tokens, 4000, context, 0, 8, 1), [], tokens.read
+    reader, firsts, read = WindowReader(tokens, 4000, context, 0, 1), [], tokens.read
     tokens.read = lambda first, n: firsts.append(first) or read(first, n)
     windows = np.concatenate([reader.read(step, 1)[0] for step in range(4)])
     assert len(set(firsts[:16_000])) == 16_000 and min(firsts) < n // 1000 and max(firsts) > n - n // 1000
@@ -132,6 +132,7 @@ class Wicked:
         (pickle.dumps({"vocab_size": 3}), "KeyError: 'itos'"),
         (pickle.dumps({"itos": {0: "b", 1: "a"}}), "must be a sorted string"),
         (pickle.dumps({"itos": {0: 1}}), "TypeError"),
+        (pickle.dumps({"itos": {0: "ab", 1: "c"}}), "its tokens are not single characters"),
         (pickle.dumps([1]), "TypeError"),
         (b"garbage", "UnpicklingError"),
         (b"", "EOFError"),
@@ -221,7 +222,7 @@ def test_the_setting_must_be_the_tokenizer_of_the_data(prepared):
 
 def test_a_file_that_is_cut_or_changed_while_in_use_is_noticed_at_the_next_epoch(prepared):
     tokens = load_corpus(prepared, 16, 0.9).train
-    reader, per_epoch = WindowReader(tokens, 10, 16, 0, 65, 1), 15_840 // 16 - 1
+    reader, per_epoch = WindowReader(tokens, 10, 16, 0, 1), 15_840 // 16 - 1
     reader.read(0, 1)
     time.sleep(0.01)
     data = (prepared / "train.bin").read_bytes()
@@ -230,7 +231,7 @@ def test_a_file_that_is_cut_or_changed_while_in_use_is_noticed_at_the_next_epoch
     with pytest.raises(TokenFileError, match=r"train.bin was changed while in use; restore it and resume"):
         reader.read(per_epoch // 10 + 1, 1)
     (prepared / "train.bin").write_bytes(data[:8000])
-    reader = WindowReader(tokens, 200, 16, 0, 65, 1)
+    reader = WindowReader(tokens, 200, 16, 0, 1)
     reader._epoch = 0
     with pytest.raises(TokenFileError, match=r"train.bin was cut off while in use; restore it and resume"):
         reader.read(0, 1)
@@ -240,7 +241,9 @@ def test_ids_of_a_large_file_are_checked_as_they_are_read(tmp_path):
     ids = IDS.copy()
     ids[1234] = 300
     ids.tofile(tmp_path / "a.bin")
-    reader = WindowReader(FileTokens([TokenFile(tmp_path / "a.bin", ids.dtype)]), 300, 16, 0, 257, 1)
+    tokens = FileTokens([TokenFile(tmp_path / "a.bin", ids.dtype)])
+    tokens.vocab_size = 257
+    reader = WindowReader(tokens, 300, 16, 0, 1)
     with pytest.raises(TokenFileError, match=r"a.bin: token 1,234 has the id 300, and the tokenizer has 257"):
         reader.read(0, 1)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from gpt_jax.commands.arguments import ArgumentParser
 from gpt_jax.config import DataConfig
-from gpt_jax.data.documents import find_documents
+from gpt_jax.data.documents import Documents, find_documents
 from gpt_jax.data.prepare import prepare
 from gpt_jax.data.token_files import known, open_tokens, verify
 from gpt_jax.errors import UserError
@@ -22,23 +22,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the flags, and write or verify the folder."""
     parser = ArgumentParser("prepare", PURPOSE, EXAMPLES)
     flag = parser.add_argument
-    flag("path", type=Path, metavar="FILES", help="a text file, a folder, or a pattern in quotes")
+    flag("paths", type=Path, nargs="+", metavar="FILES", help="text files, folders, or patterns in quotes")
     flag("--tokenizer", metavar="NAME", default="char", help="char, byte, gpt2, bpe:N, or a tokenizer.json")
     flag("--out", type=Path, metavar="DIR", help="the folder to write")
     flag("--train_fraction", type=float, metavar="X", default=0.9, help="of the text (%(default)s)")
     flag("--verify", action="store_true", help="check every byte of a folder that was prepared")
     flags = parser.parse_args(arguments)
-    path = flags.path.expanduser()
+    paths = [path.expanduser() for path in flags.paths]
     if flags.verify:
-        verify(path)
-        print(f"verified   {path}: every byte is as it was prepared, every id in the vocabulary")
+        for path in paths:
+            verify(path)
+            print(f"verified   {path}: every byte is as it was prepared, every id in the vocabulary")
         return 0
     if flags.out is None:
         raise UserError("--out is missing: name the folder to write")
     DataConfig(train_fraction=flags.train_fraction)  # checks it
     out = flags.out.expanduser()
+    documents = [find_documents(path) for path in paths]
+    files = tuple(file for part in documents for file in part.files)
     with LoadingBar() as progress:
-        prepare(find_documents(path), flags.tokenizer, out, flags.train_fraction, progress)
+        all_documents = Documents(files, sum(part.size for part in documents))
+        prepare(all_documents, flags.tokenizer, out, flags.train_fraction, progress)
     data = open_tokens(out, [], flags.train_fraction, known)
     print(f"written    {out}: {len(data.train):,} training tokens, {len(data.val):,} validation tokens")
     print(

@@ -21,6 +21,7 @@ from gpt_jax.jax_settings import default_jax_settings
 from gpt_jax.rng import BATCH_STREAM, stream
 
 ON_DEVICE = 2**26  # bytes; a larger training split stays in its files
+MAX_ON_DEVICE = 2**31 - 2**20  # tokens: their positions have 32 bits on the device
 READ_AT_ONCE = 2**24  # bytes of windows that are read ahead
 MAX_WINDOWS = 2**32  # of an epoch: their permutation is computed with 32 bits
 
@@ -119,10 +120,8 @@ class WindowReader:
         shape: [M, B, T + 1], of the windows that are read at once.
     """
 
-    def __init__(
-        self, tokens: FileTokens, batch_size: int, context: int, seed: int, vocab_size: int, max_steps: int
-    ):
-        self.tokens, self.seed, self.vocab_size = tokens, seed, vocab_size
+    def __init__(self, tokens: FileTokens, batch_size: int, context: int, seed: int, max_steps: int):
+        self.tokens, self.seed = tokens, seed
         n_bytes = batch_size * (context + 1) * tokens.dtype.itemsize
         self.shape = (min(max(READ_AT_ONCE // n_bytes, 1), max_steps), batch_size, context + 1)
         self._read: dict[int, np.ndarray] = {}  # by step
@@ -167,11 +166,7 @@ class WindowReader:
             of_epoch = epochs_B == epoch
             places = shuffled(round_keys, (numbers_B[of_epoch] % n_windows).astype(np.uint32), n_windows)
             firsts_B[of_epoch] = offset + context * places.astype(np.int64)
-        windows = [self.tokens[first : first + width] for first in firsts_B.tolist()]
-        for first, ids in zip(firsts_B.tolist(), windows, strict=True):
-            if ids.max() >= self.vocab_size:
-                raise self.tokens.wrong_id(ids, first, self.vocab_size)
-        return np.stack(windows)
+        return np.stack([self.tokens[first : first + width] for first in firsts_B.tolist()])
 
 
 @lru_cache(maxsize=4)
@@ -184,6 +179,8 @@ def lies_on_device(tokens: Tokens, setting: str) -> bool:
     """Whether the device holds all tokens of the training split; `setting` is `data.batches`."""
     if isinstance(tokens, np.ndarray):
         return True
+    if setting == "device" and len(tokens) > MAX_ON_DEVICE:
+        raise UserError(f"data.batches = 'device' holds at most {MAX_ON_DEVICE:,} tokens: leave it at 'auto'")
     return tokens.nbytes <= ON_DEVICE if setting == "auto" else setting == "device"
 
 

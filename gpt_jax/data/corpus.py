@@ -12,14 +12,22 @@ from pathlib import Path
 import numpy as np
 
 from gpt_jax.data.documents import GIVE_A_PATH, Documents, Progress, find_documents, no_progress, readable
-from gpt_jax.data.prepare import Scan, encode, fingerprint, id_type, make_tokenizer_of, prepare, scan
-from gpt_jax.data.token_files import HEADER, find_token_files, known, open_tokens
+from gpt_jax.data.prepare import (
+    Scan,
+    encode,
+    fingerprint,
+    id_type,
+    identity,
+    make_tokenizer_of,
+    prepare,
+    scan,
+)
+from gpt_jax.data.token_files import FORMAT, HEADER, find_token_files, known, open_tokens
 from gpt_jax.data.tokenizers import Tokenizer, make_tokenizer
 from gpt_jax.data.tokens import Corpus
 from gpt_jax.errors import UserError
-from gpt_jax.version import __version__
 
-IN_MEMORY = 2**26  # bytes of documents on the disk; more are prepared in the cache folder
+IN_MEMORY = 2**26  # bytes of documents on the disk, or characters in them; more are prepared in the cache
 
 
 def load_corpus(
@@ -54,10 +62,9 @@ def load_corpus(
         corpus = open_tokens(path, files, train_fraction, resolve)
     else:
         documents = find_documents(path, f"{GIVE_A_PATH} with --config.data.path=FILE")
-        if documents.size > IN_MEMORY:
-            corpus = _prepared(documents, spec, train_fraction, progress)
-        else:
-            corpus = _from_documents(documents, train_fraction, progress, spec, tokenizer)
+        corpus = _in_memory(documents, train_fraction, progress, spec, tokenizer) or _prepared(
+            documents, train_fraction, progress, spec, tokenizer
+        )
     _check_length(path, corpus, context)
     return corpus
 
@@ -71,7 +78,7 @@ def fingerprint_of(path: Path, tokenizer: Tokenizer, advice: str = GIVE_A_PATH) 
     with readable(path):
         files = find_token_files(path)
     if files:
-        return open_tokens(path, files, 0.5, lambda found: found or tokenizer).fingerprint
+        return open_tokens(path, files, 0.5, lambda found: found or tokenizer).fingerprint  # of any split
     return fingerprint(scan(find_documents(path, advice), 0.5).digest, tokenizer)
 
 
@@ -98,10 +105,15 @@ def read_text(path: Path) -> str:
     return "".join(block or "" for block in find_documents(path).blocks())
 
 
-def _from_documents(
+def _in_memory(
     documents: Documents, train_fraction: float, progress: Progress, spec: str, tokenizer: Tokenizer | None
-) -> Corpus:
+) -> Corpus | None:
+    """A small text as arrays; None: it is too large, compressed or not."""
+    if documents.size > IN_MEMORY:
+        return None
     found = scan(documents, train_fraction, lambda done, total: progress(done // 2, total))
+    if found.n_characters > IN_MEMORY:
+        return None
     tokenizer = tokenizer or make_tokenizer_of(documents, found, spec)
     ids_N, counts = _encode(
         documents, found, tokenizer, lambda done, total: progress((total + done) // 2, total)
@@ -151,19 +163,22 @@ def _resolve(path: Path, spec: str, tokenizer: Tokenizer | None, found: Tokenize
 
 
 def _is_same(spec: str, tokenizer: Tokenizer) -> bool:
-    is_made_of_text = spec == "char" or spec.startswith("bpe:")
-    return not is_made_of_text and make_tokenizer(spec, lambda: iter(())).to_json() == tokenizer.to_json()
+    """Whether a setting that is not the name of a tokenizer is its file."""
+    is_name = identity(spec, tokenizer) == spec
+    return not is_name and make_tokenizer(spec, lambda: iter(())).to_json() == tokenizer.to_json()
 
 
-def _prepared(documents: Documents, spec: str, train_fraction: float, progress: Progress) -> Corpus:
+def _prepared(
+    documents: Documents, train_fraction: float, progress: Progress, spec: str, tokenizer: Tokenizer | None
+) -> Corpus:
     """A large text from token files in the user's cache, which are prepared when it is used first."""
     from platformdirs import user_cache_path  # only here: small texts work without it
 
-    identity = json.dumps([documents.identity(), spec, train_fraction, __version__])
-    folder = user_cache_path("gpt_jax") / "tokens" / hashlib.sha256(identity.encode()).hexdigest()[:16]
+    source = json.dumps([documents.identity(), identity(spec, tokenizer), train_fraction, FORMAT])
+    folder = user_cache_path("gpt_jax") / "tokens" / hashlib.sha256(source.encode()).hexdigest()[:16]
     if not (folder / HEADER).exists():
         print(f"data    {documents.size / 1e9:.1f} GB of text: tokenizing it once, into {folder}", flush=True)
-    prepare(documents, spec, folder, train_fraction, progress)
+    prepare(documents, spec, folder, train_fraction, progress, tokenizer)
     return open_tokens(folder, [], train_fraction, known)
 
 

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
@@ -78,15 +78,8 @@ def find_documents(path: Path, advice: str = GIVE_A_PATH) -> Documents:
 
 def _find_files(path: Path, advice: str) -> list[Path]:
     if path.is_dir():
-        files = sorted(
-            Path(folder, name)
-            for folder, folders, names in os.walk(path)
-            for name in names
-            if not name.startswith(".") and not _is_hidden(folders)
-        )
-        outside = [file for file in files if file.is_symlink() and not _is_within(file, path)]
-        if outside:
-            raise UserError(f"text file {outside[0]} is a link that leaves {path}: name its target instead")
+        files = _walk(path)
+        check_within(files, path)
         if not files:
             raise UserError(f"text folder {path} has no files: {advice}")
     elif path.exists() or not glob.has_magic(str(path)):
@@ -99,17 +92,29 @@ def _find_files(path: Path, advice: str) -> list[Path]:
         if not file.is_file():  # reading a pipe would wait forever
             reason = "is not a regular file" if file.exists() else "does not exist"
             raise UserError(f"text file {file} {reason}: {advice}")
+        if file.suffix == ".bin":
+            raise UserError(f"text file {file} holds tokens: name texts only, or only files of tokens")
     return files
 
 
-def _is_hidden(folders: list[str]) -> bool:
-    """Keep `os.walk` out of hidden folders; always false."""
-    folders[:] = [name for name in folders if not name.startswith(".")]
-    return False
+def _walk(path: Path) -> list[Path]:
+    """All files in a folder and its subfolders except hidden ones, in sorted order."""
+    files: list[Path] = []
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, folders, names in os.walk(path, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # where `walk` goes next
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(files)
 
 
-def _is_within(file: Path, folder: Path) -> bool:
-    return file.resolve().is_relative_to(folder.resolve())
+def check_within(files: Iterable[Path], folder: Path) -> None:
+    """Raise `UserError` if one of the files of a folder is a link that leaves it."""
+    for file in files:
+        if file.is_symlink() and not file.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"file {file} is a link that leaves {folder}: name its target instead")
 
 
 @contextmanager
@@ -154,7 +159,7 @@ class _Bounded(io.RawIOBase):
         self.path, self.file, self.stream, self.done = path, file, stream, 0
 
     def readable(self) -> bool:
-        """It is."""
+        """Always true."""
         return True
 
     def readinto(self, buffer: Any) -> int:

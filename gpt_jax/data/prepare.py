@@ -24,7 +24,8 @@ from gpt_jax.errors import UserError
 from gpt_jax.files import write_durably
 from gpt_jax.version import __version__
 
-STATE = "unfinished.json"  # how far an interrupted `prepare` came
+STATE, LOCK = "unfinished.json", "lock"  # how far an interrupted `prepare` came
+BETWEEN = b"\xff"  # documents, where their digest is computed: no text has this byte
 PIECE = 2**18  # characters that are encoded at once
 MAX_PIECE = 2**24  # of a text that can be cut nowhere
 PIECES_AT_ONCE = 16  # shared by all cores
@@ -46,17 +47,19 @@ class Scan:
 def scan(documents: Documents, train_fraction: float, progress: Progress = no_progress) -> Scan:
     """Read all documents: count, collect the characters, compute the digest."""
     digest, characters, n, last_start, start = hashlib.sha256(), set[str](), 0, 0, 0
+    n_ends = 0  # of documents since the last text
     if documents.starts_with_bom:
         digest.update(b"\xef\xbb\xbf")
     for block in documents.blocks(progress):
         if block is None:
             last_start, start = start, n
+            n_ends += 1
         else:
-            if n and n == start:
-                digest.update(b"\xff")  # between documents; no text has this byte
-            digest.update(block.encode())
+            digest.update(BETWEEN * n_ends + block.encode())
+            n_ends = 0
             characters.update(block)
             n += len(block)
+    digest.update(BETWEEN * (n_ends - 1))
     n_train = int(train_fraction * n)
     split = "by document" if last_start >= max(n_train, 1) else "by position"
     return Scan(n, n_train, split, digest.hexdigest(), "".join(sorted(characters)))
@@ -106,7 +109,7 @@ def _split(documents: Documents, found: Scan, progress: Progress) -> Iterator[tu
 
     A block is None where a document ends or is cut by the split.
     """
-    n, is_train = 0, True
+    n, is_train = 0, found.n_train > 0
     for block in documents.blocks(progress):
         if block is None:
             yield None, is_train, True
@@ -156,31 +159,62 @@ def make_tokenizer_of(documents: Documents, found: Scan, spec: str) -> Tokenizer
 
 
 def prepare(
-    documents: Documents, spec: str, folder: Path, train_fraction: float, progress: Progress = no_progress
+    documents: Documents,
+    spec: str,
+    folder: Path,
+    train_fraction: float,
+    progress: Progress = no_progress,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
     """Write the ids of documents to a folder of token files, or go on where a killed call ended.
+
+    `tokenizer` is the one that `spec` made when training began; None: make it.
 
     Raises:
         UserError: the documents cannot be read or encoded, or the folder holds something else.
     """
-    source = {"files": documents.identity(), "tokenizer": spec, "train_fraction": train_fraction}
-    folder.mkdir(parents=True, exist_ok=True)
-    if others := sorted({path.name for path in folder.iterdir()} - {HEADER, TRAIN, VAL, STATE, "lock"}):
-        raise UserError(f"out = {folder} holds other files, such as {others[0]}: name a new folder")
-    with _locked(folder / "lock"):
-        if (folder / HEADER).exists():
-            if _read(folder / HEADER).get("source") == source:
-                return
-            raise UserError(f"out = {folder} holds another prepared corpus: name a new folder")
-        state = _read(folder / STATE)
-        if state.get("source") != source:
-            found = scan(documents, train_fraction, _half(progress, 0))
-            tokenizer = make_tokenizer_of(documents, found, spec)
-            files = {name: {"tokens": 0, "characters": 0, "bytes": 0} for name in (TRAIN, VAL)}
-            state = {"source": source, "scan": asdict(found), "tokenizer": tokenizer.to_json(), "pieces": 0,
-                     "files": files}  # fmt: skip
+    made_by = identity(spec, tokenizer)
+    source = {"files": documents.identity(), "tokenizer": made_by, "train_fraction": train_fraction}
+    if folder.exists():
+        if others := sorted({path.name for path in folder.iterdir()} - {HEADER, TRAIN, VAL, STATE, LOCK}):
+            raise UserError(f"out = {folder} holds other files, such as {others[0]}: name a new folder")
+        if _is_done(folder, source):
+            return
+    state = _read(folder / STATE)
+    if state.get("source") != source:
+        found = scan(documents, train_fraction, _half(progress, 0))
+        tokenizer = tokenizer or make_tokenizer_of(documents, found, spec)
+        files = {name: {"tokens": 0, "characters": 0, "bytes": 0} for name in (TRAIN, VAL)}
+        state = {"source": source, "scan": asdict(found), "tokenizer": tokenizer.to_json(), "pieces": 0,
+                 "files": files}  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)  # nothing is written before
+    with _locked(folder / LOCK):
+        if _is_done(folder, source):  # by another process, meanwhile
+            return
+        (folder / HEADER).unlink(missing_ok=True)
+        write_durably(folder / STATE, json.dumps(state))
         _write(documents, state, folder, _half(progress, 1))
         (folder / STATE).unlink(missing_ok=True)
+
+
+def identity(spec: str, tokenizer: Tokenizer | None = None) -> str:
+    """What changes when the tokenizer of a setting `data.tokenizer` does; `tokenizer`: see `prepare`."""
+    if spec in ("", "char", "byte", "gpt2") or spec.startswith("bpe:"):
+        return spec
+    tokenizer = tokenizer or make_tokenizer(spec, lambda: iter(()))
+    return hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
+
+
+def _is_done(folder: Path, source: dict[str, Any]) -> bool:
+    """Whether the folder has all token files of a source; a `UserError` if they are those of another."""
+    header = _read(folder / HEADER)
+    if not header:
+        return False
+    if header.get("source") != source:
+        raise UserError(f"out = {folder} holds another prepared corpus: name a new folder")
+    size = np.dtype(header["dtype"]).itemsize
+    files = [(folder / name, said) for name, said in header["files"].items()]
+    return all(file.is_file() and file.stat().st_size == size * said["tokens"] for file, said in files)
 
 
 def _write(documents: Documents, state: dict[str, Any], folder: Path, progress: Progress) -> None:

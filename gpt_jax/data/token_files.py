@@ -4,8 +4,10 @@ Our own is a folder with `tokens.json` beside `train.bin` and `val.bin`, written
 files have a header of 256 integers. nanoGPT's are raw uint16 ids, perhaps with a `meta.pkl` beside them.
 """
 
+import glob
 import hashlib
 import json
+import math
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,8 +15,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from gpt_jax.data.documents import check_within
 from gpt_jax.data.tokenizers import CharTokenizer, Tokenizer, tokenizer_from_json
-from gpt_jax.data.tokens import Corpus, FileTokens, TokenFile
+from gpt_jax.data.tokens import Corpus, FileTokens, TokenFile, TokenFileError
 from gpt_jax.errors import UserError
 
 HEADER, FORMAT = "tokens.json", 1
@@ -35,8 +38,14 @@ def find_token_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path] if path.suffix == ".bin" else []
     if path.is_dir():
-        return sorted(file for file in path.glob("*.bin") if file.is_file() and not file.name.startswith("."))
-    return sorted(file for file in path.parent.glob(path.name) if file.suffix == ".bin" and file.is_file())
+        files = [file for file in path.glob("*.bin") if file.is_file() and not file.name.startswith(".")]
+        check_within(files, path)
+        return sorted(files)
+    found = [Path(name) for name in glob.glob(str(path), recursive=True)]
+    files = [file for file in found if file.suffix == ".bin" and file.is_file()]
+    if files and len(files) < len(found):
+        raise UserError(f"{path} matches token files and others: name one kind, such as {files[0].name}")
+    return sorted(files)
 
 
 def open_tokens(path: Path, files: list[Path], train_fraction: float, resolve: Resolve) -> Corpus:
@@ -49,13 +58,12 @@ def open_tokens(path: Path, files: list[Path], train_fraction: float, resolve: R
         UserError: a file is damaged or cut off, its header is wrong, or an id is not in the vocabulary.
     """
     try:
-        corpus = _open_prepared(path, resolve) if (path / HEADER).exists() else None
+        corpus = _open_prepared(path, resolve) if (path / HEADER).is_file() else None
         corpus = corpus or _open_others(path, list(map(_open, files)), train_fraction, resolve)
     except OSError as error:
         raise UserError(f"token file {error.filename or path} cannot be read: {error.strerror}") from None
     for tokens in (corpus.train, corpus.val):
-        if tokens.nbytes <= MAX_CHECKED:
-            check_ids(tokens, corpus.tokenizer.vocab_size)
+        _check_ids(tokens, corpus.tokenizer.vocab_size, MAX_CHECKED)
     return corpus
 
 
@@ -74,7 +82,8 @@ def _open_others(path: Path, files: list[TokenFile], train_fraction: float, reso
     found = _read_meta(files[0].path.parent / META)
     tokenizer = resolve(found)
     counts = (sum(map(len, parts)), len(parts[1]), None) if found else (None, None, None)
-    return Corpus(*parts, tokenizer, _sampled_fingerprint(parts, tokenizer), split, *counts)
+    digest = _sampled_fingerprint([FileTokens([file]) for file in files], tokenizer)
+    return Corpus(*parts, tokenizer, digest, split, *counts)
 
 
 def _open(path: Path) -> TokenFile:
@@ -104,15 +113,17 @@ class _PlainUnpickler(pickle.Unpickler):
 
 def _read_meta(path: Path) -> Tokenizer | None:
     """The tokenizer of nanoGPT's `meta.pkl`: one id for each character."""
-    if not path.exists():
+    if not path.is_file():
         return None
     try:
         if path.stat().st_size > MAX_HEADER:
             raise UserError(f"it has more than {MAX_HEADER:,} bytes")
         with path.open("rb") as file:
             meta = _PlainUnpickler(file).load()
-        characters = meta["itos"]
-        return CharTokenizer.from_dict({"characters": "".join(characters[i] for i in range(len(characters)))})
+        characters = [meta["itos"][i] for i in range(len(meta["itos"]))]
+        if any(len(character) != 1 for character in characters):
+            raise UserError("its tokens are not single characters")
+        return CharTokenizer.from_dict({"characters": "".join(characters)})
     except (UserError, OSError, KeyError, TypeError, ValueError, pickle.UnpicklingError, EOFError, IndexError,
             AttributeError, ImportError, OverflowError, MemoryError) as error:  # fmt: skip
         what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -133,6 +144,7 @@ def _open_prepared(folder: Path, resolve: Resolve) -> Corpus:
         dtype = np.dtype({"uint8": "u1", "uint16": "<u2", "uint32": "<u4"}[header["dtype"]])
         tokenizer = tokenizer_from_json(header["tokenizer"])
         parts = []
+        check_within([folder / TRAIN, folder / VAL], folder)
         for name in (TRAIN, VAL):
             tokens, said = TokenFile(folder / name, dtype), header["files"][name]
             if len(tokens) != said["tokens"]:
@@ -161,7 +173,7 @@ def verify(folder: Path) -> None:
     for name, tokens in ((TRAIN, corpus.train), (VAL, corpus.val)):
         if checksum(folder / name) != files[name]["sha256"]:
             raise UserError(f"token file {folder / name} was changed after `prepare`: prepare it again")
-        check_ids(tokens, corpus.tokenizer.vocab_size)
+        _check_ids(tokens, corpus.tokenizer.vocab_size)
 
 
 def known(tokenizer: Tokenizer | None) -> Tokenizer:
@@ -170,15 +182,18 @@ def known(tokenizer: Tokenizer | None) -> Tokenizer:
     return tokenizer
 
 
-def check_ids(tokens: Any, vocab_size: int) -> None:
-    """Raise `UserError` if an id lies outside of the vocabulary."""
-    for first, ids_N in tokens.blocks():
-        if ids_N.max() >= vocab_size:
-            raise UserError(str(tokens.wrong_id(ids_N, first, vocab_size)))
+def _check_ids(tokens: Any, vocab_size: int, max_bytes: float = math.inf) -> None:
+    """Raise `UserError` if an id lies outside of the vocabulary; of many ids, when they are read."""
+    tokens.vocab_size = vocab_size
+    try:
+        for _ids in tokens.blocks() if tokens.nbytes <= max_bytes else ():
+            pass
+    except TokenFileError as error:
+        raise UserError(str(error)) from None
 
 
 def _sampled_fingerprint(parts: Sequence[FileTokens], tokenizer: Tokenizer) -> str:
-    """A fingerprint of files that have none: of sizes, of pieces at equal distances, of the tokenizer."""
+    """A fingerprint of files without checksums: sizes, pieces at equal distances, the tokenizer."""
     digest = hashlib.sha256(tokenizer.to_json().encode())
     for tokens in parts:
         digest.update(str(len(tokens)).encode())

@@ -16,6 +16,8 @@ import numpy as np
 from gpt_jax.data.tokenizer import Tokenizer
 from gpt_jax.errors import RunError, UserError
 
+MAX_READ = 2**24  # bytes; Linux reads no more than 2 GiB at once
+
 
 class TokenFileError(RunError):
     """A token file cannot be used any more."""
@@ -32,6 +34,8 @@ class TokenFile:
     changed: int = field(init=False)  # when it was changed last, in nanoseconds
 
     def __post_init__(self) -> None:
+        if not self.path.is_file():  # opening a pipe would wait forever
+            raise UserError(f"token file {self.path} is not a regular file: prepare it again, or restore it")
         # Not a file object: Python warns of those that nobody closes.
         self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         self._lock = threading.Lock()
@@ -46,10 +50,12 @@ class TokenFile:
 
     def read(self, first: int, n: int) -> np.ndarray:
         """The ids [n] from number `first` on; raises `TokenFileError` if they are gone."""
+        data, n_bytes = bytearray(), n * self.dtype.itemsize
         with self._lock:
             os.lseek(self._descriptor, self.start + first * self.dtype.itemsize, os.SEEK_SET)
-            data = os.read(self._descriptor, n * self.dtype.itemsize)
-        if len(data) < n * self.dtype.itemsize:
+            while part := os.read(self._descriptor, min(n_bytes - len(data), MAX_READ)):
+                data += part
+        if len(data) < n_bytes:
             raise TokenFileError(f"token file {self.path} was cut off while in use; restore it and resume")
         return np.frombuffer(data, self.dtype)
 
@@ -65,7 +71,13 @@ class TokenFile:
 
 
 class FileTokens:
-    """The ids of several files, one after another, or of a part of them: like an array [N] in slices."""
+    """The ids of several files, one after another, or of a part of them: like an array [N] in slices.
+
+    Attributes:
+        vocab_size: V, with which ids are compared when they are read; None: they are not.
+    """
+
+    vocab_size: int | None = None
 
     def __init__(self, files: Sequence[TokenFile], first: int = 0, last: int | None = None):
         self.files = files
@@ -96,32 +108,35 @@ class FileTokens:
         return self.files[i], self.first + number - (int(self.ends[i]) - len(self.files[i]))
 
     def read(self, first: int, n: int) -> np.ndarray:
-        """The ids [n] from number `first` on."""
-        pieces = [np.empty(0, self.dtype)]
-        while n > 0:
-            file, within = self._locate(first)
-            pieces.append(file.read(within, min(n, len(file) - within)))
-            first, n = first + len(pieces[-1]), n - len(pieces[-1])
-        return pieces[1] if len(pieces) == 2 else np.concatenate(pieces)
+        """The ids [n] from number `first` on.
 
-    def wrong_id(self, ids_N: np.ndarray, first: int, vocab_size: int) -> TokenFileError:
-        """The error for ids from number `first` on, of which one is outside of the vocabulary."""
-        place = int(np.argmax(ids_N >= vocab_size))
-        file, within = self._locate(first + place)
-        return TokenFileError(
-            f"token file {file.path}: token {within:,} has the id {ids_N[place]:,}, and the tokenizer has "
-            f"{vocab_size:,} ids: name the tokenizer that made the data, with --config.data.tokenizer"
-        )
+        Raises:
+            TokenFileError: a file was cut, or has an id that is not in the vocabulary.
+        """
+        pieces, place = [np.empty(0, self.dtype)], first
+        while place < first + n:
+            file, within = self._locate(place)
+            pieces.append(file.read(within, min(first + n - place, len(file) - within)))
+            place += len(pieces[-1])
+        ids_N = pieces[1] if len(pieces) == 2 else np.concatenate(pieces)
+        if self.vocab_size is not None and ids_N.max(initial=0) >= self.vocab_size:
+            wrong = int(np.argmax(ids_N >= self.vocab_size))
+            file, within = self._locate(first + wrong)
+            found = (
+                f"token {within:,} has the id {ids_N[wrong]:,}, and the tokenizer has {self.vocab_size:,} ids"
+            )
+            advice = "name the tokenizer that made the data, with --config.data.tokenizer"
+            raise TokenFileError(f"token file {file.path}: {found}: {advice}")
+        return ids_N
 
     def check(self) -> None:
         """Raise `TokenFileError` if a file was changed, cut or removed since it was opened."""
         for file in self.files:
             file.check()
 
-    def blocks(self, size: int = 2**22) -> Iterator[tuple[int, np.ndarray]]:
-        """All ids in blocks, each with the number of its first id."""
-        for first in range(0, len(self), size):
-            yield first, self[first : first + size]
+    def blocks(self, size: int = 2**22) -> Iterator[np.ndarray]:
+        """All ids in blocks."""
+        return (self[first : first + size] for first in range(0, len(self), size))
 
 
 Tokens = np.ndarray | FileTokens

@@ -8,7 +8,7 @@ from itertools import chain
 import numpy as np
 
 from gpt_jax.data.tokenizers import Tokenizer
-from gpt_jax.data.tokens import Corpus
+from gpt_jax.data.tokens import Corpus, FileTokens
 from gpt_jax.model.layers import Params
 from gpt_jax.model.loss import loss_of_tokens
 from gpt_jax.model.transformer import GPT
@@ -18,6 +18,7 @@ from gpt_jax.records import Record
 from gpt_jax.rng import SAMPLE_STREAM, stream
 from gpt_jax.sampling.generate import generate_tokens
 from gpt_jax.sampling.rules import make_rules
+from gpt_jax.sampling.texts import GrowingText
 from gpt_jax.storage.compilation_cache import compiling
 from gpt_jax.trainer.signals import StopRequest
 
@@ -66,7 +67,9 @@ class Evaluator:
             with compiling("evaluation", self.terminal.write) as compilation:
                 self.stop.during(lambda: loss_of_tokens(self.model, params, val_N[:2], self.batch_size))
             self.is_compiled, self.compile_seconds = True, compilation.seconds
-        part_N, begun = val_N[: part or None], time.monotonic()
+        part_N, begun = val_N[:part] if part else val_N, time.monotonic()
+        if isinstance(val_N, FileTokens):
+            val_N.check()
         loss = loss_of_tokens(self.model, params, part_N, self.batch_size, self.stop.check)
         self.seconds_per_token = (time.monotonic() - begun) / len(part_N)
         if part:
@@ -104,22 +107,23 @@ class Sampler:
         Raises:
             Stopped: a stop was requested.
         """
-        pieces: Iterable[np.ndarray] = generate_tokens(
-            self.model,
-            params,
-            np.array([[self.tokenizer.start_id]], np.int32),
-            self.length,
-            make_rules(temperature=0.8),
-            stream(self.seed, SAMPLE_STREAM),
-        )
+        start_1x1 = np.array([[self.tokenizer.start_id]], np.int32)
+        rules, key = make_rules(temperature=0.8), stream(self.seed, SAMPLE_STREAM)
+        pieces: Iterable[np.ndarray] = generate_tokens(self.model, params, start_1x1, self.length, rules, key)
         if not self.is_compiled:
             with compiling("sampling", self.terminal.write) as compilation:
                 first = self.stop.during(lambda: next(iter(pieces)))
             pieces = chain([first], pieces)
             self.is_compiled, self.compile_seconds = True, compilation.seconds
-        decode = self.tokenizer.decoder()
-        texts = []
+        text, shown, n_left = (
+            GrowingText(self.tokenizer.decoder(), (), self.tokenizer.end_id),
+            "",
+            self.length,
+        )
         for piece in pieces:
             self.stop.check()
-            texts.append(decode(piece[0]))
-        return "".join(texts)
+            n_left -= piece.shape[1]
+            shown += text.add(piece[0], None, n_left == 0)
+            if text.ended:
+                break
+        return shown

@@ -95,6 +95,12 @@ def _check_same_run(metadata: Metadata, config: Config, fingerprint: str, workdi
                 f"keep it, or start another run with another --workdir"
             )
     if metadata.fingerprint != fingerprint:
+        if old["data.tokenizer"] != new["data.tokenizer"]:
+            names = f"{old['data.tokenizer'] or 'char'!r}, not {new['data.tokenizer'] or 'char'!r}"
+            raise UserError(
+                f"{workdir} holds a run with data.tokenizer = {names}: keep it, or start another run with "
+                f"another --workdir"
+            )
         raise UserError(
             f"{workdir} was trained on another text than {config.data.path or 'the default text'}: "
             f"fingerprint {metadata.fingerprint[:12]} then, {fingerprint[:12]} now; restore the old text, or "

@@ -51,5 +51,4 @@ def abstract_source(plan: Plan, corpus: Corpus) -> tuple[Source, int]:
 def _reader(plan: Plan, corpus: Corpus) -> WindowReader:
     assert isinstance(corpus.train, FileTokens)
     batch_size, context = plan.config.train.batch_size, plan.config.model.context
-    vocab_size = corpus.tokenizer.vocab_size
-    return WindowReader(corpus.train, batch_size, context, plan.config.seed, vocab_size, MAX_STEPS_PER_CALL)
+    return WindowReader(corpus.train, batch_size, context, plan.config.seed, MAX_STEPS_PER_CALL)
