@@ -525,7 +525,9 @@ def test_a_real_small_or_read_only_file_system(text, cache, tmp_path, kind):
         assert "error: workdir = disk/run cannot be written (Read-only file system)" in done.stderr
     else:
         assert "status 1" in done.stdout and "whole" in done.stdout, done
-        assert re.search(r"error: .*disk/run.*No space left on device", done.stderr), done.stderr
+        assert re.search(r"error: no space left on device: .*disk/run.*takes 0\.\d MB", done.stderr), (
+            done.stderr
+        )
 
 
 def test_settings_of_another_run_are_refused_with_both_values(start, whole, tmp_path):

@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_tokenizers import train_byte_level
 
 import gpt_jax
+from gpt_jax.commands import evaluate
 from gpt_jax.commands import prepare as command
 from gpt_jax.data import batches, corpus, prepare
 from gpt_jax.data.batches import WindowReader, train_batch
@@ -305,6 +307,55 @@ def test_the_command_prepares_and_verifies(tmp_path, capsys):
             run_prepare(capsys, text, *flags)
 
 
+def test_prepare_writes_a_damaged_folder_again(prepared, tmp_path):
+    """Where a file is cut or missing; what has the right size is left to --verify."""
+    documents, whole = find_documents(tmp_path / "fox.txt"), (prepared / "train.bin").read_bytes()
+    for damage in (lambda file: file.write_bytes(whole[:-9]), lambda file: file.unlink()):
+        damage(prepared / "train.bin")
+        prepare.prepare(documents, "char", prepared, 0.9)
+        verify(prepared)
+        assert (prepared / "train.bin").read_bytes() == whole
+
+
+def test_prepare_knows_a_tokenizer_by_its_content(tmp_path):
+    """Not by the name of its file."""
+    (tmp_path / "a.txt").write_text(FOX * 400)
+    spec = str(tmp_path / "tokenizer.json")
+    for text in (FOX, FOX.upper()):
+        train_byte_level(text, 270).save(spec)
+        if text == FOX:
+            prepare.prepare(find_documents(tmp_path / "a.txt"), spec, tmp_path / "out", 0.9)
+    with pytest.raises(UserError, match="holds another prepared corpus: name a new folder"):
+        prepare.prepare(find_documents(tmp_path / "a.txt"), spec, tmp_path / "out", 0.9)
+
+
+@pytest.mark.parametrize("data, tokenizer", [(b"caf\xe9", "char"), (b"ab", "bpe:5"), (b"ab", "nosuch")])
+def test_prepare_writes_nothing_before_the_text_was_read(tmp_path, data, tokenizer):
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(UserError):
+        command.main([str(tmp_path / "a.txt"), "--tokenizer", tokenizer, "--out", str(tmp_path / "out")])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_the_command_takes_several_files(tmp_path, capsys):
+    """Each is a document, in the order they are named."""
+    for name, text in (("b.txt", FOX * 30), ("a.txt", FOX.upper() * 5)):
+        (tmp_path / name).write_text(text)
+    run_prepare(capsys, tmp_path / "b.txt", tmp_path / "a.txt", "--tokenizer=byte", "--out", tmp_path / "out")
+    data = load_corpus(tmp_path / "out", 16, 0.9)
+    ids = np.concatenate([data.train[:], data.val[:]])
+    assert data.tokenizer.decode(ids[ids != 256]) == FOX * 30 + FOX.upper() * 5
+    assert (ids == 256).sum() == 2 and ids[len(FOX) * 30] == 256
+
+
+@pytest.mark.parametrize("name", ["train.bin", "tokens.json", "meta.pkl"])
+def test_a_pipe_among_token_files_is_not_waited_for(prepared, tmp_path, name):
+    (prepared / name).unlink(missing_ok=True)
+    os.mkfifo(prepared / name)
+    with pytest.raises(UserError) if name != "meta.pkl" else nullcontext():
+        load_corpus(prepared, 16, 0.9)
+
+
 def test_a_large_text_is_prepared_once_in_the_cache(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(corpus, "IN_MEMORY", 1000)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -361,6 +412,21 @@ def test_files_feed_several_devices(on_files, tmp_path):
     np.testing.assert_allclose(
         losses_of(tmp_path / "host")[-1], losses_of(tmp_path / "device")[-1], rtol=1e-6
     )
+
+
+def test_a_resumed_run_keeps_its_tokenizer(tiny_config, tiny_run):
+    with pytest.raises(UserError, match=r"a run with data.tokenizer = 'char', not 'byte': keep it"):
+        train(tiny_config(data={"tokenizer": "byte"}), tiny_run)
+
+
+def test_a_run_on_one_file_is_evaluated(tiny_config, tmp_path, capsys):
+    """The validation split is found again, though it is not the end of a whole file there."""
+    (tmp_path / "data").mkdir()
+    IDS.tofile(tmp_path / "data" / "train.bin")
+    settings = {"path": str(tmp_path / "data" / "train.bin"), "tokenizer": "byte"}
+    assert train(tiny_config(data=settings), tmp_path / "run") == 0
+    evaluate.main(["--workdir", str(tmp_path / "run")])
+    assert "499 tokens predicted" in capsys.readouterr().out
 
 
 def test_a_file_that_changes_during_a_run_ends_it_with_its_state_saved(on_files, tmp_path, monkeypatch):
