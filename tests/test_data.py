@@ -116,7 +116,7 @@ def test_a_line_says_how_much_is_loaded_where_there_is_no_terminal():
     with LoadingBar(stream, seconds_between_lines=0.0) as progress:
         progress(420, 1000)
         progress(1000, 1000)
-    assert stream.getvalue() == "text    42% of 1,000 bytes loaded\ntext    100% of 1,000 bytes loaded\n"
+    assert stream.getvalue() == "text    42% of 1,000 bytes read\ntext    100% of 1,000 bytes read\n"
 
 
 def test_a_terminal_shows_a_bar_while_a_text_is_loaded():

@@ -69,7 +69,7 @@ class Terminal:
 
 
 class LoadingBar:
-    """How much of a text is loaded, to be called with the bytes that are done and all bytes.
+    """How much of a text is read, to be called with the bytes that are done and all bytes.
 
     A terminal shows a bar from the first second on; where there is none, a line comes every few seconds. So a
     small text shows nothing.
@@ -94,7 +94,7 @@ class LoadingBar:
             self._bar.update(done - self._bar.n)
         elif time.monotonic() - self._printed_at >= self._between:
             self._printed_at = time.monotonic()
-            print(f"text    {done / total:.0%} of {total:,} bytes loaded", file=self._stream, flush=True)
+            print(f"text    {done / total:.0%} of {total:,} bytes read", file=self._stream, flush=True)
 
     def __exit__(self, *_exception: object) -> None:
         if self._bar is not None:
