@@ -20,7 +20,7 @@ from conftest import MODELS, VOCAB, apply, make_gpt, make_params, small_model, s
 
 import gpt_jax
 from gpt_jax.commands import sample
-from gpt_jax.data.bpe import ByteTokenizer
+from gpt_jax.data.bpe import BYTES, BPETokenizer
 from gpt_jax.data.tokenizers import CharTokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.model.cache import Cache
@@ -188,12 +188,14 @@ def test_a_stop_string_over_the_borders_of_tokens_and_pieces(text, stops, wanted
 @pytest.mark.parametrize("size", [1, 2, 50])
 def test_a_text_ends_within_a_character(size):
     """What there is of it is shown as U+FFFD, before the end of text and at the length."""
-    tokenizer = ByteTokenizer()
+    tokenizer = BPETokenizer((*BYTES, b"a\xe2"))
     for ids, wanted, ended in (
-        ([97, 0xC3, 256, 98], "a\ufffd", "end_of_text"),
+        ([98, 256, 257], "ba\ufffd", "end_of_text"),
+        ([98, 256], "ba\ufffd", "length"),
+        ([97, 0xC3, 257, 98], "a\ufffd", "end_of_text"),
         ([97, 0xC3], "a\ufffd", "length"),
         ([0xF0, 0x9F, 0x98], "\ufffd", "length"),
-        ([0xC3, 0xA9, 256], "é", "end_of_text"),
+        ([0xC3, 0xA9, 257], "é", "end_of_text"),
     ):
         growing, ids_N = GrowingText(tokenizer.decoder(), [], tokenizer.end_id), np.array(ids, np.int32)
         parts = [ids_N[begin : begin + size] for begin in range(0, len(ids), size)]
@@ -290,7 +292,7 @@ def test_a_file_of_prompts_json_and_log_probabilities(fox_run, run_here, tmp_pat
         (("--stop=",), "stop = '' must have a character or more"),
         (("--repetition_penalty=-1",), "repetition_penalty = -1.0 must be a number above 0; 1 is none"),
         (("--logprobs=o.txt",), "--out and --logprobs both name o.txt: name two files"),
-        (("--prompts_file=two.jsonl",), "two.jsonl: each line must be a prompt, not JSON"),
+        (("--prompts_file=two.JSONL",), "two.JSONL: each line must be a prompt, not JSON"),
         (("--logprobs=.",), "logprobs = . is a folder: name a file in it"),
     ],
 )
@@ -299,7 +301,7 @@ def test_bad_input_is_one_line(fox_run, run_here, tmp_path, arguments, message):
         "empty": b"",
         "many": b"a\n" * 5000,
         "two": b"the\nQ\n",
-        "two.jsonl": b"{}\n",
+        "two.JSONL": b"{}\n",
         "latin": b"caf\xe9",
     }
     for name, data in files.items():

@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     prompts = _prompts(flags, model)
     pieces = model.stream(prompts, flags.length, rules, num_samples=flags.num_samples, seed=flags.seed, **how)
-    if flags.logprobs is not None and flags.logprobs.resolve() == flags.out.resolve():
+    if flags.logprobs is not None and os.path.realpath(flags.logprobs) == os.path.realpath(flags.out):
         raise UserError(f"--out and --logprobs both name {flags.out}: name two files")
     for name, file in (("out", flags.out), ("logprobs", flags.logprobs)):
         if file is not None and file.is_dir():
@@ -186,7 +186,7 @@ def _prompts(flags: Any, model: TrainedModel) -> list[str]:
         return [read_text(flags.prompt_file)]
     if flags.prompts_file is None:
         return [_typed("prompt", flags.prompt or "", model)]
-    if ".jsonl" in flags.prompts_file.suffixes:
+    if flags.prompts_file.name.lower().endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
         raise UserError(f"prompts_file = {flags.prompts_file}: each line must be a prompt, not JSON")
     file, text = flags.prompts_file, read_text(flags.prompts_file)
     prompts = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
@@ -241,7 +241,7 @@ def _json_lines(texts: list[Text]) -> Iterator[str]:
 
 def _write(name: str, out: Path, parts: Iterator[str]) -> None:
     """Write a file completely or not at all; a link or a device stays what it is."""
-    out = out.resolve()
+    out = Path(os.path.realpath(out))
     temporary = out.with_name(out.name + ".tmp") if out.is_file() or not out.exists() else out
     try:
         with temporary.open("w", encoding="utf-8", newline="") as file:

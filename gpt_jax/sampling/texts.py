@@ -54,18 +54,21 @@ class GrowingText:
         After the end of the text it is empty, and its `ended` stays.
         """
         for i, token_id in enumerate(ids_N.tolist()):
-            if self.ended is None and token_id == self._end_id:
-                self.ended = "end_of_text"
             if self.ended is not None:
                 break
             logprob = None if logprobs_N is None else float(logprobs_N[i])
-            self._held.append(Token(token_id, self._decode(ids_N[i : i + 1]), logprob))
-            self._stop()
+            if token_id == self._end_id:
+                self.ended = "end_of_text"
+                if rest := self._decode(ids_N[:0], True):  # of a character that was begun
+                    self._held.append(Token(token_id, rest, logprob))
+            else:
+                self._held.append(Token(token_id, self._decode(ids_N[i : i + 1]), logprob))
+                self._stop()
         if is_last and self.ended is None:
             self.ended = "length"
-        if self.ended in ("length", "end_of_text") and self._held:
-            last = self._held[-1]  # which may have begun a character
-            self._held[-1] = last._replace(text=last.text + self._decode(ids_N[:0], True))
+            if self._held:
+                last = self._held[-1]  # which may have begun a character
+                self._held[-1] = last._replace(text=last.text + self._decode(ids_N[:0], True))
         given = len(self._held) if self.ended else self._n_decided()
         piece, self._held = Piece(self._held[:given], self.ended), self._held[given:]
         return piece

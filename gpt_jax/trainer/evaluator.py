@@ -75,8 +75,9 @@ class Evaluator:
         if part:
             return {"val_loss_part": loss}
         record = {"val_loss": loss}
-        if self.corpus.n_val_characters:
-            per_character = loss * (len(val_N) - 1) / (self.corpus.n_val_characters - 1)
+        n_characters = self.corpus.n_val_characters or 0  # 0: not known
+        if n_characters > 1:
+            per_character = loss * (len(val_N) - 1) / (n_characters - 1)
             record["val_bpc"] = per_character / float(np.log(2))
         return record
 

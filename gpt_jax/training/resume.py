@@ -95,11 +95,11 @@ def _check_same_run(metadata: Metadata, config: Config, fingerprint: str, workdi
                 f"keep it, or start another run with another --workdir"
             )
     if metadata.fingerprint != fingerprint:
-        if old["data.tokenizer"] != new["data.tokenizer"]:
-            names = f"{old['data.tokenizer'] or 'char'!r}, not {new['data.tokenizer'] or 'char'!r}"
+        was, now = old["data.tokenizer"] or "char", new["data.tokenizer"] or "char"
+        if was != now:
             raise UserError(
-                f"{workdir} holds a run with data.tokenizer = {names}: keep it, or start another run with "
-                f"another --workdir"
+                f"{workdir} holds a run with data.tokenizer = {was!r}, not {now!r}: keep it, or "
+                f"start another run with another --workdir"
             )
         raise UserError(
             f"{workdir} was trained on another text than {config.data.path or 'the default text'}: "
