@@ -12,6 +12,7 @@ import ml_collections
 from gpt_jax.checks import REMOVED, unknown_setting
 from gpt_jax.config import Config, flatten
 from gpt_jax.errors import UserError
+from gpt_jax.paths import expand
 
 GET_CONFIG = "a config file is a Python file whose get_config() returns a ml_collections.ConfigDict"
 
@@ -29,7 +30,7 @@ def read_config(
         UserError: the file cannot be used, or a setting is wrong: one line that names it.
     """
     if isinstance(source, str | Path):
-        source = _read_file(Path(source).expanduser())
+        source = _read_file(expand(source))
     if not isinstance(source, Config | Mapping | ml_collections.ConfigDict):
         raise UserError(f"config = {source!r} must be settings, or the path of a config file")
     values: Any = source if isinstance(source, Mapping) else source.to_dict()

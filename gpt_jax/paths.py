@@ -1,5 +1,6 @@
 """Default paths. No other module knows where the repository is."""
 
+import os
 from pathlib import Path
 
 from gpt_jax.config import DataConfig
@@ -14,9 +15,14 @@ PRETRAINED = ARTIFACTS / "pretrained"
 EXAMPLE_CONFIG = "configs/shakespeare_cpu.py" if CHECKOUT else "FILE"
 
 
+def expand(path: str | Path) -> Path:
+    """A path with the home folder in place of ~; unlike `expanduser`, a user that there is not stays."""
+    return Path(os.path.expanduser(path))
+
+
 def text_file(data: DataConfig) -> Path:
     """The text file of these settings, absolute: tiny Shakespeare where `data.path` is empty."""
-    return Path(data.path).expanduser().absolute() if data.path else (ARTIFACTS / "input.txt").absolute()
+    return expand(data.path).absolute() if data.path else (ARTIFACTS / "input.txt").absolute()
 
 
 def relative_to_root(path: Path) -> Path:

@@ -29,6 +29,7 @@ from gpt_jax.model.transformer import GPT
 from gpt_jax.monitor.terminal import LoadingBar
 from gpt_jax.parallel.devices import first_device
 from gpt_jax.parallel.mesh import count_shards, make_mesh, replicated
+from gpt_jax.paths import expand
 from gpt_jax.plan import Plan, make_plan
 from gpt_jax.sampling.decode import decode, prefill
 from gpt_jax.sampling.generate import chunk_length
@@ -196,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"programs = {name!r} must be among {', '.join(PROGRAMS)}")
     if flags.rows < 1:
         raise UserError(f"rows = {flags.rows} must be 1 or above")
-    file = flags.json and flags.json.expanduser()
+    file = flags.json and expand(flags.json)
     if file and (file.is_dir() or not file.parent.is_dir()):
         raise UserError(f"json = {str(file)!r} must be a file in a folder that exists")
     jax.config.update("jax_platforms", "cpu")  # use no local accelerator

@@ -12,6 +12,7 @@ from gpt_jax.interchange.exporting import export
 from gpt_jax.interchange.model_folder import DTYPES, FILES, PARAMS
 from gpt_jax.interchange.trained_model import load
 from gpt_jax.monitor.terminal import LoadingBar
+from gpt_jax.paths import expand
 from gpt_jax.storage.compilation_cache import compiling_on_stderr, use_compilation_cache
 
 PURPOSE = "Export a trained model to a folder of a few megabytes, which is read like a run."
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flag("--text", type=Path, metavar="FILE", help="the text that it was trained on, if it has moved")
     flags = parser.parse_args(arguments)
     use_compilation_cache()
-    workdir, out = flags.workdir or newest_run(), flags.out.expanduser()
+    workdir, out = flags.workdir or newest_run(), expand(flags.out)
     model = load(workdir, flags.which)
     with compiling_on_stderr("evaluation"):
         model.loss(np.zeros(2, np.int32))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gpt_jax.commands.arguments import ArgumentParser, config_of
 from gpt_jax.parallel.devices import make_deterministic
-from gpt_jax.paths import ARTIFACTS
+from gpt_jax.paths import ARTIFACTS, expand
 from gpt_jax.storage.checkpoints import hide_tracebacks_of_orbax
 from gpt_jax.storage.compilation_cache import use_compilation_cache
 from gpt_jax.trainer.run import train
@@ -38,4 +38,4 @@ def main(arguments: Sequence[str] | None = None, started: float | None = None) -
     use_compilation_cache()
     hide_tracebacks_of_orbax()
     workdir = flags.workdir or ARTIFACTS / flags.config.stem
-    return train(config, workdir.expanduser(), started, flags.minutes)
+    return train(config, expand(workdir), started, flags.minutes)

@@ -22,6 +22,7 @@ from gpt_jax.model.loss import loss_of_tokens
 from gpt_jax.model.params import abstract_params, count_params, unstack_layers
 from gpt_jax.model.transformer import GPT
 from gpt_jax.parallel.devices import local_devices
+from gpt_jax.paths import expand
 from gpt_jax.plan import Plan, make_plan
 from gpt_jax.records import Record, read_metrics
 from gpt_jax.rng import SAMPLE_STREAM, stream
@@ -212,7 +213,7 @@ def load(workdir: str | Path, which: str = "best") -> TrainedModel:
             be read, or an exported model is damaged.
         RunError: all checkpoints are damaged.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = expand(workdir)
     if which not in ("best", "last"):
         raise UserError(f"which = {which!r} must be 'best' or 'last'")
     local_devices()  # one error for a missing platform, whatever is read

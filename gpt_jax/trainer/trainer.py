@@ -12,7 +12,7 @@ from gpt_jax.config_files import read_config
 from gpt_jax.errors import UserError
 from gpt_jax.interchange.trained_model import TrainedModel, load
 from gpt_jax.jax_settings import default_jax_settings
-from gpt_jax.paths import ARTIFACTS
+from gpt_jax.paths import ARTIFACTS, expand
 from gpt_jax.trainer.run import train as train_run
 from gpt_jax.trainer.signals import StopRequest
 from gpt_jax.training.loop import Callback, StepInfo
@@ -62,7 +62,7 @@ class Trainer:
             if workdir == "" or not isinstance(config, str | Path):
                 raise UserError("workdir is missing: name the folder of the run, such as workdir='runs/a'")
             workdir = ARTIFACTS / Path(config).stem
-        self.workdir = Path(workdir).expanduser()
+        self.workdir = expand(workdir)
         if minutes is not None and not isinstance(minutes, int | float):
             raise UserError(f"minutes = {minutes!r} must be a number")
         if not isinstance(callbacks, Sequence):
