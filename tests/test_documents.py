@@ -76,6 +76,27 @@ def test_documents_are_not_cut_where_one_begins_after_the_position(tmp_path):
     assert (len(corpus.train), len(corpus.val), corpus.split) == (199, 11, "by position")
 
 
+def test_empty_documents_are_in_no_split(tmp_path):
+    for name, text in (("a.txt", "a" * 300), ("z.txt", "")):
+        (tmp_path / name).write_text(text)
+    corpus = load_corpus(tmp_path, 8, 0.9)
+    assert (len(corpus.train), len(corpus.val), corpus.split) == (270, 30, "by position")
+
+
+def test_links_to_folders_and_to_themselves_are_one_line(tmp_path):
+    for name in ("texts", "others"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("text")
+    link = tmp_path / "texts" / "link"
+    link.symlink_to(tmp_path / "others")
+    with pytest.raises(UserError, match=r"link is a link that leaves .*texts: name its target"):
+        find_documents(tmp_path / "texts")
+    link.unlink()
+    link.symlink_to("link")
+    with pytest.raises(UserError, match=r"text file .*link does not exist"):
+        find_documents(tmp_path / "texts")
+
+
 def test_hidden_folders_are_not_read(tmp_path):
     for name in (".git/config", "a/x.txt", "a/.b/y.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

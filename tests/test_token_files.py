@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext, suppress
+from itertools import islice
 
 import jax
 import jax.numpy as jnp
@@ -315,6 +316,79 @@ def test_prepare_writes_a_damaged_folder_again(prepared, tmp_path):
         prepare.prepare(documents, "char", prepared, 0.9)
         verify(prepared)
         assert (prepared / "train.bin").read_bytes() == whole
+
+
+def interrupted(tmp_path, monkeypatch, n_pieces):
+    """A folder of an interrupted `prepare`, and what continues it."""
+    (tmp_path / "b.txt").write_text(FOX * 400)
+    monkeypatch.setattr(prepare, "PIECE", 1000)
+    monkeypatch.setattr(prepare, "SAVE_EVERY", 1000)
+    encode, folder = prepare.encode, tmp_path / "unfinished"
+    arguments = find_documents(tmp_path / "b.txt"), "byte", folder, 0.9
+
+    def failing(*arguments):
+        yield from islice(encode(*arguments), n_pieces)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "encode", failing)
+        with pytest.raises(KeyboardInterrupt):
+            prepare.prepare(*arguments)
+    return folder, lambda: prepare.prepare(*arguments)
+
+
+def test_ids_that_were_lost_are_encoded_again(tmp_path, monkeypatch):
+    folder, again = interrupted(tmp_path, monkeypatch, 9)
+    (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:3000])
+    again()
+    assert load_corpus(folder, 16, 0.9).train[:].tolist() == [*(FOX * 400).encode()][:15_840]
+
+
+def test_an_unfinished_folder_is_no_corpus(tmp_path, monkeypatch):
+    folder, again = interrupted(tmp_path, monkeypatch, 17)
+    with pytest.raises(UserError, match="unfinished is not finished: run the same `prepare` again"):
+        load_corpus(folder, 16, 0.9, spec="byte")
+    with pytest.raises(UserError, match="holds an unfinished corpus of another source: name a new folder"):
+        prepare.prepare(find_documents(tmp_path / "b.txt"), "char", folder, 0.9)
+    again()
+    (folder / "val.bin").unlink()
+    with pytest.raises(UserError, match=r"unfinished lacks train.bin or val.bin: prepare it again"):
+        load_corpus(folder, 16, 0.9)
+
+
+def test_prepare_keeps_the_token_files_of_other_programs(tmp_path):
+    folder = nanogpt(tmp_path / "data", meta=False)
+    (tmp_path / "a.txt").write_text(FOX * 400)
+    with pytest.raises(UserError, match=r"data holds other files, such as train.bin: name a new folder"):
+        prepare.prepare(find_documents(tmp_path / "a.txt"), "char", folder, 0.9)
+    assert (folder / "train.bin").read_bytes() == IDS[:4500].tobytes()
+
+
+def test_the_split_of_a_prepared_folder_is_that_of_the_settings(prepared):
+    with pytest.raises(UserError, match=r"was prepared with train_fraction = 0.9, not 0.5: give --config"):
+        load_corpus(prepared, 16, 0.5)
+
+
+def test_a_disk_that_is_full_is_one_line(tmp_path):
+    """Here: a file that may have 512 bytes at most."""
+    (tmp_path / "a.txt").write_text(FOX * 400)
+    command = f"ulimit -f 1; exec {sys.executable} -m gpt_jax prepare a.txt --tokenizer byte --out out"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert done.stderr == "error: out = out cannot be written: File too large; the same command continues\n"
+
+
+def test_prepare_refuses_to_write_into_its_texts(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(FOX)
+    with pytest.raises(UserError, match=r"lies in the folder of texts .*: name a folder outside"):
+        run_prepare(capsys, tmp_path, "--out", tmp_path / "x" / "out")
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UserError, match=r"empty.txt is empty: there is nothing to prepare"):
+        run_prepare(capsys, tmp_path / "empty.txt", "--out", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "empty.txt"]
 
 
 def test_prepare_knows_a_tokenizer_by_its_content(tmp_path):

@@ -1,5 +1,6 @@
 """The command prepare."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from gpt_jax.data.prepare import prepare
 from gpt_jax.data.token_files import known, open_tokens, verify
 from gpt_jax.errors import UserError
 from gpt_jax.monitor.terminal import LoadingBar
+from gpt_jax.paths import expand
 
 PURPOSE = """\
 Tokenize texts once, into a folder that runs read in constant memory. The same
@@ -28,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flag("--train_fraction", type=float, metavar="X", default=0.9, help="of the text (%(default)s)")
     flag("--verify", action="store_true", help="check every byte of a folder that was prepared")
     flags = parser.parse_args(arguments)
-    paths = [path.expanduser() for path in flags.paths]
+    paths = [expand(path) for path in flags.paths]
     if flags.verify:
         for path in paths:
             verify(path)
@@ -37,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags.out is None:
         raise UserError("--out is missing: name the folder to write")
     DataConfig(train_fraction=flags.train_fraction)  # checks it
-    out = flags.out.expanduser()
+    out = expand(flags.out)
+    for path in paths:
+        if path.is_dir() and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(path)):
+            raise UserError(f"out = {out} lies in the folder of texts {path}: name a folder outside")
     documents = [find_documents(path) for path in paths]
     files = tuple(file for part in documents for file in part.files)
     with LoadingBar() as progress:

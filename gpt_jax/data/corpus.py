@@ -78,7 +78,7 @@ def fingerprint_of(path: Path, tokenizer: Tokenizer, advice: str = GIVE_A_PATH) 
     with readable(path):
         files = find_token_files(path)
     if files:
-        return open_tokens(path, files, 0.5, lambda found: found or tokenizer).fingerprint  # of any split
+        return open_tokens(path, files, None, lambda found: found or tokenizer).fingerprint
     return fingerprint(scan(find_documents(path, advice), 0.5).digest, tokenizer)
 
 

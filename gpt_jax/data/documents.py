@@ -105,6 +105,7 @@ def _walk(path: Path) -> list[Path]:
         raise error
 
     for folder, folders, names in os.walk(path, onerror=fail):
+        check_within([Path(folder, name) for name in folders], path)
         folders[:] = [name for name in folders if not name.startswith(".")]  # where `walk` goes next
         files += [Path(folder, name) for name in names if not name.startswith(".")]
     return sorted(files)
@@ -113,8 +114,12 @@ def _walk(path: Path) -> list[Path]:
 def check_within(files: Iterable[Path], folder: Path) -> None:
     """Raise `UserError` if one of the files of a folder is a link that leaves it."""
     for file in files:
-        if file.is_symlink() and not file.resolve().is_relative_to(folder.resolve()):
+        if file.is_symlink() and not _real(file).is_relative_to(_real(folder)):
             raise UserError(f"file {file} is a link that leaves {folder}: name its target instead")
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # `resolve` fails on a link to itself
 
 
 @contextmanager

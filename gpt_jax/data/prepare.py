@@ -18,13 +18,13 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from gpt_jax.data.documents import Documents, Progress, no_progress
-from gpt_jax.data.token_files import FORMAT, HEADER, TRAIN, VAL, checksum
+from gpt_jax.data.token_files import FORMAT, HEADER, STATE, TRAIN, VAL, checksum
 from gpt_jax.data.tokenizers import CharTokenizer, Tokenizer, make_tokenizer, tokenizer_from_json
-from gpt_jax.errors import UserError
+from gpt_jax.errors import RunError, UserError
 from gpt_jax.files import write_durably
 from gpt_jax.version import __version__
 
-STATE, LOCK = "unfinished.json", "lock"  # how far an interrupted `prepare` came
+LOCK = "lock"
 BETWEEN = b"\xff"  # documents, where their digest is computed: no text has this byte
 PIECE = 2**18  # characters that are encoded at once
 MAX_PIECE = 2**24  # of a text that can be cut nowhere
@@ -52,7 +52,8 @@ def scan(documents: Documents, train_fraction: float, progress: Progress = no_pr
         digest.update(b"\xef\xbb\xbf")
     for block in documents.blocks(progress):
         if block is None:
-            last_start, start = start, n
+            last_start = start if n > start else last_start  # an empty document is in neither split
+            start = n
             n_ends += 1
         else:
             digest.update(BETWEEN * n_ends + block.encode())
@@ -172,17 +173,22 @@ def prepare(
 
     Raises:
         UserError: the documents cannot be read or encoded, or the folder holds something else.
+        RunError: the folder cannot be written.
     """
+    files_digest = hashlib.sha256(json.dumps(documents.identity()).encode()).hexdigest()
     made_by = identity(spec, tokenizer)
-    source = {"files": documents.identity(), "tokenizer": made_by, "train_fraction": train_fraction}
+    source = {"files": files_digest, "tokenizer": made_by, "train_fraction": train_fraction}
     if folder.exists():
-        if others := sorted({path.name for path in folder.iterdir()} - {HEADER, TRAIN, VAL, STATE, LOCK}):
-            raise UserError(f"out = {folder} holds other files, such as {others[0]}: name a new folder")
+        _check_folder(folder)
         if _is_done(folder, source):
             return
     state = _read(folder / STATE)
-    if state.get("source") != source:
+    if state and state.get("source") != source:
+        raise UserError(f"out = {folder} holds an unfinished corpus of another source: name a new folder")
+    if not _has_files_of(state, folder):
         found = scan(documents, train_fraction, _half(progress, 0))
+        if found.n_characters == 0:
+            raise UserError(f"text file {documents.files[0]} is empty: there is nothing to prepare")
         tokenizer = tokenizer or make_tokenizer_of(documents, found, spec)
         files = {name: {"tokens": 0, "characters": 0, "bytes": 0} for name in (TRAIN, VAL)}
         state = {"source": source, "scan": asdict(found), "tokenizer": tokenizer.to_json(), "pieces": 0,
@@ -191,10 +197,15 @@ def prepare(
     with _locked(folder / LOCK):
         if _is_done(folder, source):  # by another process, meanwhile
             return
-        (folder / HEADER).unlink(missing_ok=True)
-        write_durably(folder / STATE, json.dumps(state))
-        _write(documents, state, folder, _half(progress, 1))
-        (folder / STATE).unlink(missing_ok=True)
+        try:
+            write_durably(folder / STATE, json.dumps(state))
+            (folder / HEADER).unlink(missing_ok=True)
+            _write(documents, state, folder, _half(progress, 1))
+            (folder / STATE).unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"out = {folder} cannot be written: {error.strerror}; the same command continues"
+            ) from None
 
 
 def identity(spec: str, tokenizer: Tokenizer | None = None) -> str:
@@ -205,6 +216,23 @@ def identity(spec: str, tokenizer: Tokenizer | None = None) -> str:
     return hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
 
 
+def _check_folder(folder: Path) -> None:
+    """Raise `UserError` if a folder holds files that no `prepare` wrote."""
+    names = {path.name for path in folder.iterdir()}
+    ours = {HEADER, TRAIN, VAL, STATE, LOCK} if names & {HEADER, STATE} else {LOCK}
+    if others := sorted(names - ours - {f"{HEADER}.tmp", f"{STATE}.tmp"}):
+        raise UserError(f"out = {folder} holds other files, such as {others[0]}: name a new folder")
+
+
+def _has_files_of(state: dict[str, Any], folder: Path) -> bool:
+    """Whether the token files have at least the ids that an unfinished `prepare` wrote."""
+    if not state:
+        return False
+    size = id_type(tokenizer_from_json(state["tokenizer"])).itemsize
+    files = [(folder / name, said["tokens"]) for name, said in state["files"].items() if said["tokens"]]
+    return all(file.is_file() and file.stat().st_size >= size * n_tokens for file, n_tokens in files)
+
+
 def _is_done(folder: Path, source: dict[str, Any]) -> bool:
     """Whether the folder has all token files of a source; a `UserError` if they are those of another."""
     header = _read(folder / HEADER)
@@ -212,15 +240,21 @@ def _is_done(folder: Path, source: dict[str, Any]) -> bool:
         return False
     if header.get("source") != source:
         raise UserError(f"out = {folder} holds another prepared corpus: name a new folder")
-    size = np.dtype(header["dtype"]).itemsize
-    files = [(folder / name, said) for name, said in header["files"].items()]
-    return all(file.is_file() and file.stat().st_size == size * said["tokens"] for file, said in files)
+    try:
+        size = np.dtype(header["dtype"]).itemsize
+        files = [(folder / name, size * said["tokens"]) for name, said in header["files"].items()]
+        return all(file.is_file() and file.stat().st_size == n_bytes for file, n_bytes in files)
+    except (KeyError, TypeError, AttributeError):  # it is damaged
+        return False
 
 
 def _write(documents: Documents, state: dict[str, Any], folder: Path, progress: Progress) -> None:
     """Encode what is left of the documents, and write the header at the end."""
     tokenizer, found, files = tokenizer_from_json(state["tokenizer"]), Scan(**state["scan"]), state["files"]
     dtype = id_type(tokenizer)
+    if state["pieces"] == 0:
+        for name in (TRAIN, VAL):
+            (folder / name).unlink(missing_ok=True)
     opened = {name: (folder / name).open("ab") for name in (TRAIN, VAL)}
     with opened[TRAIN], opened[VAL]:
         for name, file in opened.items():

@@ -21,6 +21,7 @@ from gpt_jax.data.tokens import Corpus, FileTokens, TokenFile, TokenFileError
 from gpt_jax.errors import UserError
 
 HEADER, FORMAT = "tokens.json", 1
+STATE = "unfinished.json"  # in place of the header: how far an interrupted `prepare` came
 TRAIN, VAL, META = "train.bin", "val.bin", "meta.pkl"
 MAX_HEADER = 2**24  # bytes; a larger header or meta.pkl is not read
 MAX_CHECKED = 2**26  # bytes of ids that are compared with the vocabulary at once; others as they are read
@@ -40,6 +41,10 @@ def find_token_files(path: Path) -> list[Path]:
     if path.is_dir():
         files = [file for file in path.glob("*.bin") if file.is_file() and not file.name.startswith(".")]
         check_within(files, path)
+        if (path / HEADER).is_file() and not {TRAIN, VAL} <= {file.name for file in files}:
+            raise UserError(f"{path} lacks {TRAIN} or {VAL}: prepare it again")
+        if (path / STATE).exists() and not (path / HEADER).exists():
+            raise UserError(f"{path} is not finished: run the same `prepare` again")
         return sorted(files)
     found = [Path(name) for name in glob.glob(str(path), recursive=True)]
     files = [file for file in found if file.suffix == ".bin" and file.is_file()]
@@ -48,18 +53,19 @@ def find_token_files(path: Path) -> list[Path]:
     return sorted(files)
 
 
-def open_tokens(path: Path, files: list[Path], train_fraction: float, resolve: Resolve) -> Corpus:
+def open_tokens(path: Path, files: list[Path], train_fraction: float | None, resolve: Resolve) -> Corpus:
     """Open token files, check their sizes and headers, and split them.
 
     Files with "val" in their name validate, the others train; where there are only the ones or the others,
-    the first `train_fraction` of the ids trains.
+    the first `train_fraction` of the ids trains. None: any split will do.
 
     Raises:
-        UserError: a file is damaged or cut off, its header is wrong, or an id is not in the vocabulary.
+        UserError: a file is damaged or cut off, its header is wrong, an id is not in the vocabulary, or the
+            folder was prepared with another `train_fraction`.
     """
     try:
-        corpus = _open_prepared(path, resolve) if (path / HEADER).is_file() else None
-        corpus = corpus or _open_others(path, list(map(_open, files)), train_fraction, resolve)
+        corpus = _open_prepared(path, train_fraction, resolve) if (path / HEADER).is_file() else None
+        corpus = corpus or _open_others(path, list(map(_open, files)), train_fraction or 0.5, resolve)
     except OSError as error:
         raise UserError(f"token file {error.filename or path} cannot be read: {error.strerror}") from None
     for tokens in (corpus.train, corpus.val):
@@ -133,7 +139,7 @@ def _read_meta(path: Path) -> Tokenizer | None:
         ) from None
 
 
-def _open_prepared(folder: Path, resolve: Resolve) -> Corpus:
+def _open_prepared(folder: Path, train_fraction: float | None, resolve: Resolve) -> Corpus:
     path = folder / HEADER
     try:
         if path.stat().st_size > MAX_HEADER:
@@ -141,6 +147,11 @@ def _open_prepared(folder: Path, resolve: Resolve) -> Corpus:
         header = json.loads(path.read_text(encoding="utf-8"))
         if header["format"] != FORMAT:
             raise UserError(f"{path} is of format {header['format']!r}, and this version reads {FORMAT}")
+        if train_fraction not in (None, was := header["source"]["train_fraction"]):
+            raise UserError(
+                f"{folder} was prepared with train_fraction = {was}, not {train_fraction}: give "
+                f"--config.data.train_fraction={was}, or prepare the text again"
+            )
         dtype = np.dtype({"uint8": "u1", "uint16": "<u2", "uint32": "<u4"}[header["dtype"]])
         tokenizer = tokenizer_from_json(header["tokenizer"])
         parts = []
@@ -168,7 +179,7 @@ def verify(folder: Path) -> None:
     Raises:
         UserError: it was changed or is not complete.
     """
-    corpus = _open_prepared(folder, known)
+    corpus = _open_prepared(folder, None, known)
     files = json.loads((folder / HEADER).read_text(encoding="utf-8"))["files"]
     for name, tokens in ((TRAIN, corpus.train), (VAL, corpus.val)):
         if checksum(folder / name) != files[name]["sha256"]:
