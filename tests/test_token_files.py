@@ -370,7 +370,7 @@ def test_the_split_of_a_prepared_folder_is_that_of_the_settings(prepared):
 
 
 def test_a_disk_that_is_full_is_one_line(tmp_path):
-    """Here: a file that may have 512 bytes at most."""
+    """A limit on the size of files stands in for the disk."""
     (tmp_path / "a.txt").write_text(FOX * 400)
     command = f"ulimit -f 1; exec {sys.executable} -m gpt_jax prepare a.txt --tokenizer byte --out out"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -388,6 +388,8 @@ def test_prepare_refuses_to_write_into_its_texts(tmp_path, capsys):
     (tmp_path / "empty.txt").touch()
     with pytest.raises(UserError, match=r"empty.txt is empty: there is nothing to prepare"):
         run_prepare(capsys, tmp_path / "empty.txt", "--out", tmp_path / "out")
+    with pytest.raises(UserError, match=r"a.txt is a file: name a folder"):
+        run_prepare(capsys, tmp_path / "a.txt", "--out", tmp_path / "a.txt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "empty.txt"]
 
 
@@ -494,7 +496,7 @@ def test_a_resumed_run_keeps_its_tokenizer(tiny_config, tiny_run):
 
 
 def test_a_run_on_one_file_is_evaluated(tiny_config, tmp_path, capsys):
-    """The validation split is found again, though it is not the end of a whole file there."""
+    """On its validation split, which is the end of that file."""
     (tmp_path / "data").mkdir()
     IDS.tofile(tmp_path / "data" / "train.bin")
     settings = {"path": str(tmp_path / "data" / "train.bin"), "tokenizer": "byte"}

@@ -218,6 +218,8 @@ def identity(spec: str, tokenizer: Tokenizer | None = None) -> str:
 
 def _check_folder(folder: Path) -> None:
     """Raise `UserError` if a folder holds files that no `prepare` wrote."""
+    if not folder.is_dir():
+        raise UserError(f"out = {folder} is a file: name a folder")
     names = {path.name for path in folder.iterdir()}
     ours = {HEADER, TRAIN, VAL, STATE, LOCK} if names & {HEADER, STATE} else {LOCK}
     if others := sorted(names - ours - {f"{HEADER}.tmp", f"{STATE}.tmp"}):

@@ -147,7 +147,8 @@ def _open_prepared(folder: Path, train_fraction: float | None, resolve: Resolve)
         header = json.loads(path.read_text(encoding="utf-8"))
         if header["format"] != FORMAT:
             raise UserError(f"{path} is of format {header['format']!r}, and this version reads {FORMAT}")
-        if train_fraction not in (None, was := header["source"]["train_fraction"]):
+        was = header["source"]["train_fraction"]
+        if train_fraction is not None and train_fraction != was:
             raise UserError(
                 f"{folder} was prepared with train_fraction = {was}, not {train_fraction}: give "
                 f"--config.data.train_fraction={was}, or prepare the text again"
