@@ -16,7 +16,7 @@ from gpt_jax.config import Config, Dtype, TrainConfig, check_batch_split
 from gpt_jax.parallel.devices import describe_devices, describe_dtype, first_device
 from gpt_jax.parallel.execution import Execution, resolve_execution
 from gpt_jax.parallel.mesh import count_shards, make_mesh
-from gpt_jax.paths import text_file
+from gpt_jax.paths import expand, text_file
 from gpt_jax.storage.metadata import Metadata
 
 CPU_TOKENS = 1024  # about the fastest micro-batch on two CPU cores; 256 to 16,384 tokens were tried
@@ -26,8 +26,8 @@ CPU_TOKENS = 1024  # about the fastest micro-batch on two CPU cores; 256 to 16,3
 class Plan:
     """Settings, devices and length of a run, resolved before anything is computed."""
 
-    # The settings as a checkpoint stores them: `train.grad_accum_steps` filled in, `data.path` absolute. What
-    # is "auto" in `config.model` stays so, since each device that reads the checkpoint resolves it anew.
+    # The settings as a checkpoint stores them: `train.grad_accum_steps` filled in, paths absolute. What is
+    # "auto" in `config.model` stays so, since each device that reads the checkpoint resolves it anew.
     config: Config
     execution: Execution  # how the model is computed, and on which devices: every "auto" resolved
     steps: int  # updates of the whole run
@@ -85,8 +85,9 @@ def make_plan(
     micro-batch equally.
 
     Raises:
-        UserError: the devices do not fit `config.mesh`, or cannot share a batch equally.
+        UserError: the devices do not fit `config.mesh`, or cannot share a batch or the model equally.
     """
+    config.check_mesh()
     mesh, text, train, steps = make_mesh(config.mesh, devices), text_file(config.data), config.train, None
     n_shards = count_shards(mesh)
     if saved and not train.grad_accum_steps:
@@ -101,7 +102,8 @@ def make_plan(
     data = replace(config.data, path=str(text)) if config.data.path else config.data
     dtype = _dtype_of(saved) if saved and config.model.dtype == "auto" else None
     execution = resolve_execution(config.model, mesh, dtype)
-    config = replace(config, train=train, data=data)
+    init_from = str(expand(config.init_from).absolute()) if config.init_from else ""
+    config = replace(config, train=train, data=data, init_from=init_from)
     return Plan(config, execution, steps or train.steps, bool(steps), text)
 
 

@@ -1,18 +1,19 @@
 """The model again, in plain NumPy and float64, one window at a time: what the JAX one is held against."""
 
 import math
+from functools import partial
 
 import numpy as np
 
 
-def layer_norm(x, p):
+def layer_norm(x, p, epsilon):
     centered = x - x.mean(-1, keepdims=True)
-    y = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5) * p["scale"]
+    y = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + (epsilon or 1e-5)) * p["scale"]
     return y + p.get("bias", 0.0)
 
 
-def rms_norm(x, p):
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p["scale"]
+def rms_norm(x, p, epsilon):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + (epsilon or 1e-6)) * p["scale"]
 
 
 def rope(x, base):
@@ -30,15 +31,29 @@ def activate(name, h):
     x = h[:, 0]
     if name == "gelu":
         return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    if name == "gelu_exact":
+        return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
     if name == "relu2":
         return np.where(x > 0, x, 0.0) ** 2
     return x / (1 + np.exp(-x)) * h[:, 1]
 
 
+def heads_of(attention, config, layer, head):
+    """Kernel [D, K] and bias [K] of the queries, keys and values of one head."""
+    if config.n_kv_head in (0, config.n_head):
+        places = [("qkv", (i, head)) for i in range(3)]
+    else:
+        shared = head * config.n_kv_head // config.n_head
+        places = [("q", (head,)), ("kv", (0, shared)), ("kv", (1, shared))]
+    for name, place in places:
+        bias = attention[name]["bias"][layer][place] if config.bias else 0.0
+        yield attention[name]["kernel"][layer][(slice(None), *place)], bias
+
+
 def forward(params, config, tokens):
     """Logits [T, V] of tokens [T], with float64 copies of the JAX model's (stacked) parameters."""
-    norm = layer_norm if config.norm == "layernorm" else rms_norm
-    n_time, head_width = len(tokens), config.d_model // config.n_head
+    norm = partial(layer_norm if config.norm == "layernorm" else rms_norm, epsilon=config.norm_eps)
+    n_time, head_width = len(tokens), config.d_head or config.d_model // config.n_head
     embedding = params["token_embedding"]["embedding"]
     x = embedding[tokens]
     if config.position == "learned":
@@ -56,14 +71,10 @@ def forward(params, config, tokens):
         y = norm(x, {k: v[layer] for k, v in blocks["attention_norm"].items()})
         added = np.zeros_like(x)
         for head in range(config.n_head):
-            q, k, v = (
-                y @ attention["qkv"]["kernel"][layer][:, i, head]
-                + (attention["qkv"]["bias"][layer][i, head] if config.bias else 0.0)
-                for i in range(3)
-            )
+            q, k, v = (y @ kernel + bias for kernel, bias in heads_of(attention, config, layer, head))
             if config.qk_norm:
-                q = rms_norm(q, {"scale": attention["q_norm"]["scale"][layer]})
-                k = rms_norm(k, {"scale": attention["k_norm"]["scale"][layer]})
+                q = rms_norm(q, {"scale": attention["q_norm"]["scale"][layer]}, config.norm_eps)
+                k = rms_norm(k, {"scale": attention["k_norm"]["scale"][layer]}, config.norm_eps)
             if config.position == "rope":
                 q, k = rope(q, config.rope_base), rope(k, config.rope_base)
             for t in range(n_time):

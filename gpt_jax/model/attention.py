@@ -33,24 +33,37 @@ def attend(
 
     A query reads the keys where the mask is true, [T, S] or [B, T, S]. `rate` and `seed_2` drop weights, each
     `block` of queries with a mask of its own; `keys` is the order of the axes of the keys, which is another
-    in the cache.
+    in the cache. Keys and values may have fewer heads (grouped-query attention, Ainslie et al. 2023): then
+    each is read by the same number of heads of queries that are side by side.
     """
     # `jax.nn.dot_product_attention` cannot drop weights, and made a small model's step 8% slower on a CPU.
     weights_BxHxTxS = attention_weights(q_BxHxTxK, k_BxHxSxK, mask, keys).astype(q_BxHxTxK.dtype)
     weights_BxHxTxS = dropout(weights_BxHxTxS, rate, seed_2, 2 + block)  # masks 0 and 1 are those of `Block`
-    return jnp.einsum("bhts,bhsk->bhtk", weights_BxHxTxS, v_BxHxSxK)
+    y_BxHxTxK = jnp.einsum("bhts,bhsk->bhtk", _join_groups(weights_BxHxTxS, v_BxHxSxK.shape[1]), v_BxHxSxK)
+    return y_BxHxTxK.reshape(q_BxHxTxK.shape)
 
 
 def attention_weights(
     q_BxHxTxK: jax.Array, k_BxHxSxK: jax.Array, mask: jax.Array, keys: str = "bhsk"
 ) -> jax.Array:
     """How much each query reads of each key: float32 [B, H, T, S], each row sums to 1; as in `attend`."""
+    n_time = q_BxHxTxK.shape[2]
     q_BxHxTxK = q_BxHxTxK * q_BxHxTxK.shape[-1] ** -0.5  # not in place: NumPy would change the caller's
-    axes = f"bhtk,{keys}->bhts"
+    axes, q_BxHxTxK = f"bhtk,{keys}->bhts", _join_groups(q_BxHxTxK, k_BxHxSxK.shape[1])
     scores_BxHxTxS = jnp.einsum(axes, q_BxHxTxK, k_BxHxSxK, preferred_element_type=jnp.float32)
+    scores_BxHxTxS = scores_BxHxTxS.reshape(len(scores_BxHxTxS), -1, n_time, scores_BxHxTxS.shape[-1])
     mask_Bx1xTxS = mask.reshape(-1, 1, *mask.shape[-2:])
     scores_BxHxTxS = jnp.where(mask_Bx1xTxS, scores_BxHxTxS, jnp.finfo(jnp.float32).min)
     return jax.nn.softmax(scores_BxHxTxS, axis=-1)
+
+
+def _join_groups(x_BxHxTxC: jax.Array, n_heads: int) -> jax.Array:
+    """[B, H, T, C] to `n_heads` heads: those that share keys and values as one, with all their queries.
+
+    So one product reads each key once for all of them, and no key is copied.
+    """
+    n_batch, _, _, n_channels = x_BxHxTxC.shape
+    return x_BxHxTxC.reshape(n_batch, n_heads, -1, n_channels)
 
 
 def attend_within(
@@ -75,6 +88,7 @@ def attend_to_cache(
     execution: Execution, q_BxHxTxK: jax.Array, cache: LayerCache, places_T: jax.Array
 ) -> jax.Array:
     """Causal attention of the tokens at some places of a cache to all before them, [B, H, T, K]."""
-    by_sums = execution.on_cpu and cpu.sums_are_faster(len(places_T), cache.v_BxHxSxK.size)
+    n_queries = len(places_T) * q_BxHxTxK.shape[1] // cache.v_BxHxSxK.shape[1]  # of a head of keys
+    by_sums = execution.on_cpu and cpu.sums_are_faster(n_queries, cache.v_BxHxSxK.size)
     attend_here = cpu.attend_by_sums if by_sums else partial(attend, keys="bhks")
     return attend_here(q_BxHxTxK, cache.k_BxHxKxS, cache.v_BxHxSxK, cache.mask(places_T))

@@ -121,11 +121,12 @@ def empty_cache(
 ) -> Cache:
     """A cache with room for `room` tokens (None: `config.context`), which holds none."""
     B, S, W = batch_size, room or config.context, config.conv_width
+    H = config.n_head // config.n_groups
     zeros = partial(jnp.zeros, dtype=execution.dtype)
     layers = tuple(
         LayerCache(
-            k_BxHxKxS=zeros((B, config.n_head, config.d_head, S)),
-            v_BxHxSxK=zeros((B, config.n_head, S, config.d_head)),
+            k_BxHxKxS=zeros((B, H, config.head_width, S)),
+            v_BxHxSxK=zeros((B, H, S, config.head_width)),
             conv_BxSxD=zeros((B, W - 1, config.d_model)) if W else None,
         )
         for _ in range(config.n_layer)

@@ -62,14 +62,14 @@ def make_embedding(
 def make_norm(config: ModelConfig, execution: Execution, name: str | None) -> nn.Module:
     """The norm that the config names; its statistics are float32."""
     if config.norm == "rmsnorm":
-        return rms_norm(execution, name)
+        return rms_norm(execution, name, config.epsilon)
     inits = {"scale_init": _ONES, "bias_init": normal(0.0, (None,))}
-    return nn.LayerNorm(epsilon=1e-5, use_bias=config.bias, dtype=execution.dtype, name=name, **inits)
+    return nn.LayerNorm(config.epsilon, use_bias=config.bias, dtype=execution.dtype, name=name, **inits)
 
 
-def rms_norm(execution: Execution, name: str | None) -> nn.Module:
+def rms_norm(execution: Execution, name: str | None, epsilon: float) -> nn.Module:
     """RMSNorm (Zhang and Sennrich 2019)."""
-    return nn.RMSNorm(epsilon=1e-6, dtype=execution.dtype, scale_init=_ONES, name=name)
+    return nn.RMSNorm(epsilon, dtype=execution.dtype, scale_init=_ONES, name=name)
 
 
 def make_stack(block: Any, config: ModelConfig, execution: Execution) -> nn.Module:

@@ -5,7 +5,7 @@ pieces of the time axis, one after another. A piece has all logits of its tokens
 is known together with the loss: no logits are kept for the backward pass, and none are computed twice.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from math import ceil
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 
 from gpt_jax.data.batches import eval_windows
 from gpt_jax.data.tokens import Tokens
+from gpt_jax.errors import UserError
 from gpt_jax.model import cpu
 from gpt_jax.model.layers import Params
 from gpt_jax.model.transformer import GPT, to_logits
@@ -129,12 +130,12 @@ def next_token_loss(
     return model.apply({"params": params}, inputs_BxT, dropout_key=dropout_key, output=loss_of)[0]
 
 
-@partial(jax.jit, static_argnums=0)
-def window_losses(model: GPT, params: Params, *windows_BxT: jax.Array) -> jax.Array:
-    """The summed loss of each window of a batch, float32 [B], in nats, from the arrays of `eval_windows`."""
+@partial(jax.jit, static_argnums=0, static_argnames="each")
+def window_losses(model: GPT, params: Params, *windows_BxT: jax.Array, each: bool = False) -> jax.Array:
+    """The loss of each window of `eval_windows`, summed, float32 [B], or `each` target's [B, T], in nats."""
     inputs_BxT, targets_BxT, mask_BxT = split_batch(windows_BxT, model.execution.mesh)
     losses_BxT, _ = model.apply({"params": params}, inputs_BxT, output=partial(losses_in_pieces, targets_BxT))
-    return jnp.sum(losses_BxT * mask_BxT, axis=-1)
+    return losses_BxT * mask_BxT if each else jnp.sum(losses_BxT * mask_BxT, axis=-1)
 
 
 def loss_of_tokens(
@@ -150,13 +151,23 @@ def loss_of_tokens(
     predicted once; no window is drawn at random. `batch_size` windows are computed at once, which changes
     rounding only. `between` is called before each batch; what it raises ends the evaluation.
     """
-    context, total, running = model.config.context, 0.0, np.zeros(1)
+    batches = losses_of_batches(model, params, tokens_N, batch_size, between)
+    return float(sum(np.asarray(sums_B, np.float64).sum() for sums_B in batches) / (len(tokens_N) - 1))
+
+
+def losses_of_batches(
+    model: GPT, params: Params, tokens_N: Tokens, batch_size: int, between: Any, each: bool = False
+) -> Iterator[np.ndarray]:
+    """The `window_losses` of each batch of a text; see `loss_of_tokens`. A `UserError` for a single token."""
+    if len(tokens_N) < 2:
+        raise UserError(f"text of {len(tokens_N)} token(s) must have 2 or more for a loss")
+    context, running = model.config.context, np.zeros((0, model.config.context), np.float32)
     for start in range(0, len(tokens_N) - 1, batch_size * context):
         between()
         batch_N = tokens_N[start : start + batch_size * context + 1]
         windows_BxT = [part[0] for part in eval_windows(batch_N, context, batch_size)]
         # Read a result only when the next batch is under way, so that the device always has work, but never
         # more than two batches of it: `between` can end the evaluation soon.
-        before, running = running, window_losses(model, params, *windows_BxT)
-        total += np.asarray(before, np.float64).sum()
-    return float((total + np.asarray(running, np.float64).sum()) / (len(tokens_N) - 1))
+        before, running = running, window_losses(model, params, *windows_BxT, each=each)
+        yield np.asarray(before)
+    yield np.asarray(running)

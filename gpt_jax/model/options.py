@@ -1,8 +1,9 @@
 """What a model can have beyond GPT-2, each option off by default. `W` is the width of the convolution.
 
-Sources: RoPE (Su et al. 2021); QK-norm (Henry et al. 2020); SwiGLU (Shazeer 2020); squared ReLU, and a short
-convolution after q, k and v in Primer (So et al. 2021), here before the MLP as in "Canon layers" (Allen-Zhu
-2025); residual connections from the embedding to every block (github.com/KellerJordan/modded-nanogpt).
+Sources: grouped-query attention (Ainslie et al. 2023); RoPE (Su et al. 2021); QK-norm (Henry et al. 2020);
+SwiGLU (Shazeer 2020); squared ReLU, and a short convolution after q, k and v in Primer (So et al. 2021), here
+before the MLP as in "Canon layers" (Allen-Zhu 2025); residual connections from the embedding to every block
+(github.com/KellerJordan/modded-nanogpt).
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from flax import linen as nn
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.model.cache import Cache, LayerCache
-from gpt_jax.model.layers import make_embedding, normal, rms_norm, scramble
+from gpt_jax.model.layers import make_embedding, make_linear, normal, rms_norm, scramble
 from gpt_jax.parallel.execution import Execution
 
 MAX_BIGRAMS = 2**14  # rows of a bigram embedding: enough for every pair of 127 characters
@@ -49,6 +50,17 @@ def bigram_ids(tokens_BxT: jax.Array, last_B: jax.Array | None, vocab_size: int)
     return (scramble(number_BxT) % MAX_BIGRAMS).astype(jnp.int32)
 
 
+def grouped_heads(
+    config: ModelConfig, execution: Execution, x_BxTxD: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, H, T, K], and keys and values of fewer heads (grouped-query attention)."""
+    width, n_kv = config.head_width, config.n_head // config.n_groups
+    q_axes, kv_axes = ("embed", "heads", None), ("embed", None, "heads", None)
+    q_BxTxHxK = make_linear(config, execution, (config.n_head, width), q_axes, "q")(x_BxTxD)
+    kv_BxTx2xHxK = make_linear(config, execution, (2, n_kv, width), kv_axes, "kv")(x_BxTxD)
+    return q_BxTxHxK.swapaxes(1, 2), *jnp.einsum("btchk->cbhtk", kv_BxTx2xHxK)
+
+
 def norm_and_rotate(
     config: ModelConfig,
     execution: Execution,
@@ -58,8 +70,9 @@ def norm_and_rotate(
 ) -> tuple[jax.Array, jax.Array]:
     """Queries and keys after QK-norm and RoPE, where the model has them."""
     if config.qk_norm:
-        q_BxHxTxK = rms_norm(execution, "q_norm")(q_BxHxTxK)
-        k_BxHxTxK = rms_norm(execution, "k_norm")(k_BxHxTxK)
+        epsilon = config.norm_eps or 1e-6
+        q_BxHxTxK = rms_norm(execution, "q_norm", epsilon)(q_BxHxTxK)
+        k_BxHxTxK = rms_norm(execution, "k_norm", epsilon)(k_BxHxTxK)
     if config.position == "rope":
         q_BxHxTxK = rotate(q_BxHxTxK, positions_BxT, config.rope_base)
         k_BxHxTxK = rotate(k_BxHxTxK, positions_BxT, config.rope_base)
@@ -81,7 +94,9 @@ def rotate(x_BxHxTxK: jax.Array, positions: jax.Array, base: float) -> jax.Array
 
 
 def activate(config: ModelConfig, h_BxTxGxF: jax.Array) -> jax.Array:
-    """The MLP's non-linearity where it is not GELU, [B, T, F]."""
+    """The MLP's non-linearity where it is not GPT-2's, [B, T, F]."""
+    if config.activation == "gelu_exact":
+        return nn.gelu(h_BxTxGxF[:, :, 0], approximate=False)
     if config.activation == "relu2":
         return jnp.square(nn.relu(h_BxTxGxF[:, :, 0]))
     return nn.silu(h_BxTxGxF[:, :, 0]) * h_BxTxGxF[:, :, 1]  # swiglu

@@ -70,10 +70,11 @@ def is_matrix(params: Params) -> Params:
 def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
     """Floating-point operations of a training step for each token, without what is recomputed.
 
-    Six for each weight of a matrix product (two forward, four backward), and 12 L D T for attention, the
+    Six for each weight of a matrix product (two forward, four backward), and 12 L H K T for attention, the
     causal mask ignored (Chowdhery et al. 2022, "PaLM", appendix B). The forward pass alone is a third.
     """
-    attention = 4 * config.d_model**2
+    width = config.n_head * config.head_width
+    attention = (2 + 2 / config.n_groups) * config.d_model * width
     mlp = (3 if config.activation == "swiglu" else 2) * config.d_model * config.mlp_width
-    weights = config.n_layer * (attention + mlp) + config.d_model * vocab_size
-    return 6 * weights + 12 * config.n_layer * config.d_model * config.context
+    weights = config.n_layer * (round(attention) + mlp) + config.d_model * vocab_size
+    return 6 * weights + 12 * config.n_layer * width * config.context

@@ -140,9 +140,12 @@ class CausalSelfAttention(nn.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """The attention output of each token, [B, T, D], and the cache with these tokens' keys and values."""
         config, execution = self.config, self.execution
-        heads = (3, config.n_head, config.d_head)
-        qkv_BxTx3xHxK = make_linear(config, execution, heads, ("embed", None, "heads", None), "qkv")(x_BxTxD)
-        q_BxHxTxK, k_BxHxTxK, v_BxHxTxK = jnp.einsum("btchk->cbhtk", qkv_BxTx3xHxK)
+        if config.n_groups > 1:
+            q_BxHxTxK, k_BxHxTxK, v_BxHxTxK = options.grouped_heads(config, execution, x_BxTxD)
+        else:
+            axes, shape = ("embed", None, "heads", None), (3, config.n_head, config.head_width)
+            qkv_BxTx3xHxK = make_linear(config, execution, shape, axes, "qkv")(x_BxTxD)
+            q_BxHxTxK, k_BxHxTxK, v_BxHxTxK = jnp.einsum("btchk->cbhtk", qkv_BxTx3xHxK)
         positions_BxT = positions_T[None] if cache is None else cache.positions(positions_T)
         q_BxHxTxK, k_BxHxTxK = options.norm_and_rotate(config, execution, q_BxHxTxK, k_BxHxTxK, positions_BxT)
         rate = 0.0 if seed_2 is None else config.attention_dropout
@@ -154,8 +157,8 @@ class CausalSelfAttention(nn.Module):
         if cache is None and self.is_mutable_collection("intermediates"):  # somebody looks at the weights
             mask_TxT = causal_mask(positions_T, len(positions_T))
             self.sow("intermediates", "weights_BxHxTxS", attention_weights(q_BxHxTxK, k_BxHxTxK, mask_TxT))
-        axes = ("heads", None, "embed")
-        out = make_linear(config, execution, config.d_model, axes, "out", axis=(1, 3), residual=True)
+        out_axes = ("heads", None, "embed")
+        out = make_linear(config, execution, config.d_model, out_axes, "out", axis=(1, 3), residual=True)
         return out(y_BxHxTxK), cache
 
 

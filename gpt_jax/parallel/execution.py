@@ -41,7 +41,10 @@ def resolve_execution(config: ModelConfig, mesh: Mesh | None = None, dtype: Dtyp
 
 
 def attend_by_cudnn(q_BxHxTxK: jax.Array, k_BxHxTxK: jax.Array, v_BxHxTxK: jax.Array) -> jax.Array:
-    """Causal attention [B, H, T, K] by a kernel of NVIDIA's that does not store the weights [T, T]."""
+    """Causal attention [B, H, T, K] by a kernel of NVIDIA's that does not store the weights [T, T].
+
+    It knows grouped queries: keys and values may have fewer heads.
+    """
     qkv = (x_BxHxTxK.swapaxes(1, 2) for x_BxHxTxK in (q_BxHxTxK, k_BxHxTxK, v_BxHxTxK))
     y_BxTxHxK = jax.nn.dot_product_attention(*qkv, is_causal=True, implementation="cudnn")
     return y_BxTxHxK.swapaxes(1, 2)
@@ -52,11 +55,12 @@ def _cudnn_attends(config: ModelConfig, dtype: Dtype) -> bool:
 
     On TPUs no fused kernel is used: Pallas' splash attention moved more bytes (docs/accelerators.md).
     """
-    if config.query_blocks > 1 or config.d_head > 128:
+    if config.query_blocks > 1 or config.head_width > 128:
         return False
-    shape = (1, config.n_head, config.context, config.d_head)
+    n_heads = (config.n_head, *[config.n_head // config.n_groups] * 2)
+    shapes = [(1, n, config.context, config.head_width) for n in n_heads]
     try:
-        jax.eval_shape(attend_by_cudnn, *[jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))] * 3)
+        jax.eval_shape(attend_by_cudnn, *(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes))
     except (RuntimeError, NotImplementedError, ValueError):  # what JAX raises for what cuDNN cannot do
         return False
     return True

@@ -36,6 +36,8 @@ from gpt_jax.sampling.rules import SamplingRules
 CHUNK = 32  # about how many tokens one call generates
 MANY_ROWS = 8  # from this many texts on, padding and unused cache cost more than compiling again
 SHORT_PROMPT = 16  # many texts read a prompt of up to so many tokens without more padding
+SHORT_HALF = 128  # half a context that is not longer than this needs no smaller shapes
+LONG_CONTEXT = 1024  # a cache for a longer one begins with a part of it
 CACHE_SIZES = 4  # for many texts; the attention of each token reads the whole cache, filled or not
 WINDOWS = ("half", "exact")
 
@@ -227,10 +229,11 @@ def _read_all(
     if length == 0:
         empty = _empty_cache(model.config, model.execution, model.vocab_size, rows, room)
         return jax.device_put(empty, _place(params))
-    # Few shapes are compiled, not one for each length: half a context, and a whole one. With many texts at
-    # once, the padding of a short prompt would take as long as dozens of tokens: it has a shape of its own.
-    half = max(context // 2, 1)
-    shapes = (half, context) if rows < MANY_ROWS else (min(SHORT_PROMPT, half), half, context)
+    # Few shapes are compiled, not one for each length: a context, its half, and if that is long smaller ones.
+    # With many texts at once, the padding of a short prompt would take as long as dozens of tokens: it has a
+    # shape of its own.
+    shapes = _halves(context, SHORT_HALF)
+    shapes = shapes if rows < MANY_ROWS else [min(SHORT_PROMPT, shapes[0]), *shapes]
     n_time = next(shape for shape in shapes if length <= shape)
     tokens_BxT, is_equal = _left_aligned(recent_BxR, n_tokens_B, n_time), (n_tokens_B == length).all()
     n_tokens = np.int32(length) if is_equal else n_tokens_B
@@ -245,10 +248,20 @@ def _place(params: Params) -> Sharding:
 
 
 def _room(context: int, rows: int, needed: int) -> int:
-    """The room of a cache for `needed` tokens: the whole context; for many texts, at first a part of it."""
-    parts = CACHE_SIZES if rows >= MANY_ROWS else 1
-    sizes = [-(-context * part // parts) for part in range(1, parts + 1)]
+    """The room of a cache for `needed` tokens: the context; if it is long or texts are many, first a part."""
+    if rows >= MANY_ROWS:
+        sizes = [-(-context * part // CACHE_SIZES) for part in range(1, CACHE_SIZES + 1)]
+    else:
+        sizes = _halves(context, LONG_CONTEXT) if context > LONG_CONTEXT else []
     return next((size for size in sizes if needed <= size), context)
+
+
+def _halves(context: int, least: int) -> list[int]:
+    """The context, its half, a quarter ... down to the first that is not above `least`; ascending."""
+    sizes = [context, max(context // 2, 1)]
+    while sizes[-1] > least:
+        sizes.append(sizes[-1] // 2)
+    return sizes[::-1]
 
 
 _unstack = jax.jit(unstack_layers)

@@ -25,6 +25,8 @@ class SamplingRules(struct.PyTreeNode):
     greedy: bool = struct.field(pytree_node=False, default=False)
     # No rule: also compute the log probability of each token.
     logprobs: bool = struct.field(pytree_node=False, default=False)
+    # The vocabulary of the tokenizer. A model may have more rows, and those are never drawn. None: all are.
+    n_tokens: int | None = struct.field(pytree_node=False, default=None)
 
 
 def make_rules(
@@ -110,6 +112,9 @@ def draw(
 
     A repetition penalty needs the tokens of each text so far, `seen_BxV`; it comes before the other rules.
     """
+    n_rows = logits_BxV.shape[1]
+    if rules.n_tokens is not None and rules.n_tokens < n_rows:
+        logits_BxV = jnp.where(jnp.arange(n_rows) < rules.n_tokens, logits_BxV, -jnp.inf)
     if rules.repetition_penalty is not None and seen_BxV is not None:
         logits_BxV = penalize(logits_BxV, seen_BxV, rules.repetition_penalty)
 
