@@ -25,6 +25,7 @@ from gpt_jax.data.batches import WindowReader, train_batch
 from gpt_jax.data.corpus import load_corpus
 from gpt_jax.data.documents import find_documents
 from gpt_jax.data.token_files import verify
+from gpt_jax.data.tokenizer_json import to_tokenizer_json
 from gpt_jax.data.tokenizers import CharTokenizer
 from gpt_jax.data.tokens import FileTokens, TokenFile, TokenFileError
 from gpt_jax.errors import UserError
@@ -221,6 +222,17 @@ def test_the_setting_must_be_the_tokenizer_of_the_data(prepared):
     load_corpus(prepared, 16, 0.9, spec="char")
     with pytest.raises(UserError, match=r"'byte' is not the tokenizer of .*, which is 'char': leave"):
         load_corpus(prepared, 16, 0.9, spec="byte")
+
+
+def test_the_setting_may_be_a_tokenizer_json_of_the_same_content(prepared, tmp_path):
+    tokenizer, path = load_corpus(prepared, 16, 0.9).tokenizer, tmp_path / "tokenizer.json"
+    path.write_text(to_tokenizer_json(tokenizer), encoding="utf-8")
+    assert load_corpus(prepared, 16, 0.9, spec=str(path)).tokenizer == tokenizer
+    path.write_text(to_tokenizer_json(CharTokenizer("abc")), encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"tokenizer.json' is not the tokenizer of .*, which is 'char': leave"
+    ):
+        load_corpus(prepared, 16, 0.9, spec=str(path))
 
 
 def test_a_file_that_is_cut_or_changed_while_in_use_is_noticed_at_the_next_epoch(prepared):

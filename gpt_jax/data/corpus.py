@@ -23,10 +23,13 @@ from gpt_jax.data.prepare import (
     scan,
 )
 from gpt_jax.data.token_files import FORMAT, HEADER, find_token_files, known, open_tokens
+from gpt_jax.data.tokenizer_json import is_same
 from gpt_jax.data.tokenizers import Tokenizer, make_tokenizer
 from gpt_jax.data.tokens import Corpus
 from gpt_jax.errors import UserError
 
+INHERITED = "inherited"  # in place of the setting `data.tokenizer`: the tokenizer is that of another model
+ADVICE = f"{GIVE_A_PATH} with --config.data.path=FILE"
 IN_MEMORY = 2**26  # bytes of documents on the disk, or characters in them; more are prepared in the cache
 
 
@@ -49,7 +52,7 @@ def load_corpus(
         context: T.
         train_fraction: of the characters, or of the tokens where one token file holds all.
         progress: called with the bytes that are done and all bytes.
-        spec: the setting `data.tokenizer`.
+        spec: the setting `data.tokenizer`, or `INHERITED`.
         tokenizer: the one that `spec` made when training began; None: make it.
 
     Raises:
@@ -61,12 +64,19 @@ def load_corpus(
         resolve = partial(_resolve, path, spec, tokenizer)
         corpus = open_tokens(path, files, train_fraction, resolve)
     else:
-        documents = find_documents(path, f"{GIVE_A_PATH} with --config.data.path=FILE")
+        documents = find_documents(path, ADVICE)
         corpus = _in_memory(documents, train_fraction, progress, spec, tokenizer) or _prepared(
             documents, train_fraction, progress, spec, tokenizer
         )
     _check_length(path, corpus, context)
     return corpus
+
+
+def characters_of(path: Path) -> str:
+    """The distinct characters of a text, none of token files; a `UserError` if it cannot be read."""
+    with readable(path):
+        files = find_token_files(path)
+    return "" if files else scan(find_documents(path, ADVICE), 0.5).characters
 
 
 def fingerprint_of(path: Path, tokenizer: Tokenizer, advice: str = GIVE_A_PATH) -> str:
@@ -154,7 +164,9 @@ def _resolve(path: Path, spec: str, tokenizer: Tokenizer | None, found: Tokenize
                 f"--config.data.tokenizer=gpt2"
             )
         return tokenizer or make_tokenizer(spec, lambda: iter(()))
-    if spec and spec != found.name and not _is_same(spec, found):
+    if tokenizer and not is_same(found, tokenizer):
+        raise UserError(f"{path} holds tokens of another tokenizer than the model's: name the text instead")
+    if not tokenizer and not is_named(spec, found):
         raise UserError(
             f"data.tokenizer = {spec!r} is not the tokenizer of {path}, which is {found.name!r}: leave the "
             f"setting out"
@@ -162,10 +174,12 @@ def _resolve(path: Path, spec: str, tokenizer: Tokenizer | None, found: Tokenize
     return found
 
 
-def _is_same(spec: str, tokenizer: Tokenizer) -> bool:
-    """Whether a setting that is not the name of a tokenizer is its file."""
+def is_named(spec: str, tokenizer: Tokenizer) -> bool:
+    """Whether a setting `data.tokenizer` is empty, or the name of a tokenizer, or its file."""
+    if spec in ("", tokenizer.name):
+        return True
     is_name = identity(spec, tokenizer) == spec
-    return not is_name and make_tokenizer(spec, lambda: iter(())).to_json() == tokenizer.to_json()
+    return not is_name and is_same(make_tokenizer(spec, lambda: iter(())), tokenizer)
 
 
 def _prepared(

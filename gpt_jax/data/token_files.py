@@ -85,7 +85,7 @@ def _open_others(path: Path, files: list[TokenFile], train_fraction: float, reso
         n = sum(map(len, files))
         cut = int(train_fraction * n)
         parts, split = (FileTokens(files, 0, cut), FileTokens(files, cut, n)), "by position"
-    found = _read_meta(files[0].path.parent / META)
+    found = read_meta(files[0].path.parent / META)
     tokenizer = resolve(found)
     counts = (sum(map(len, parts)), len(parts[1]), None) if found else (None, None, None)
     digest = _sampled_fingerprint([FileTokens([file]) for file in files], tokenizer)
@@ -117,7 +117,7 @@ class _PlainUnpickler(pickle.Unpickler):
         raise UserError(f"it wants to run {module}.{name}")
 
 
-def _read_meta(path: Path) -> Tokenizer | None:
+def read_meta(path: Path) -> Tokenizer | None:
     """The tokenizer of nanoGPT's `meta.pkl`: one id for each character."""
     if not path.is_file():
         return None
@@ -134,8 +134,8 @@ def _read_meta(path: Path) -> Tokenizer | None:
             AttributeError, ImportError, OverflowError, MemoryError) as error:  # fmt: skip
         what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         raise UserError(
-            f"{path} cannot be used ({' '.join(what.split())[:200]}): remove it, and name the tokenizer with "
-            f"--config.data.tokenizer"
+            f"{path} cannot be used ({' '.join(what.split())[:200]}): get another copy, or, "
+            f"to train on a text, remove it and name the tokenizer with --config.data.tokenizer"
         ) from None
 
 

@@ -128,7 +128,7 @@ def make_tokenizer(spec: str, sample: Callable[[], Iterator[str]]) -> Tokenizer:
         tokenizer = train_bpe(int(spec[4:]), sample())
     else:
         try:
-            tokenizer = _read(Path(os.path.expanduser(spec)))
+            tokenizer = read_tokenizer(Path(os.path.expanduser(spec)))
         except (UserError, OSError, ValueError, RecursionError) as error:
             found = error.strerror if isinstance(error, OSError) else str(error)
             reason = found if isinstance(error, (UserError, OSError)) else "it is not JSON"
@@ -139,7 +139,7 @@ def make_tokenizer(spec: str, sample: Callable[[], Iterator[str]]) -> Tokenizer:
     return tokenizer
 
 
-def _read(path: Path) -> Tokenizer:
+def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a file, or of the files in a folder."""
     folder = path if path.is_dir() else path.parent
     file = path / "tokenizer.json" if path.is_dir() else path
