@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,10 @@ from gpt_jax.data.tokenizers import CharTokenizer
 from gpt_jax.data.tokens import Corpus
 from gpt_jax.errors import RunError, UserError
 from gpt_jax.files import sync
+from gpt_jax.interchange import hugging_face, llama2c
 from gpt_jax.interchange.evaluation import corpus_of
+from gpt_jax.interchange.hugging_face import hugging_face_files
+from gpt_jax.interchange.llama2c import llama2c_files
 from gpt_jax.interchange.model_folder import CARD, FILES, MODEL, PARAMS, checksum
 from gpt_jax.interchange.trained_model import TrainedModel
 from gpt_jax.model.layers import Params
@@ -27,7 +31,9 @@ from gpt_jax.parallel.devices import first_device
 from gpt_jax.paths import relative_to_root
 from gpt_jax.storage.metadata import FORMAT_VERSION
 
-JSON_KEYS = ("format_version", "step", "val_loss", "fingerprint", "versions", "sha256", "tokenizer", "config")
+ELSEWHERE = {"hf": hugging_face.FILES, "llama2c": llama2c.FILES}  # kinds of folders for other programs
+JSON_KEYS = ("format_version", "step", "val_loss", "fingerprint", "versions", "parent", "sha256", "tokenizer",
+             "config")  # fmt: skip
 
 
 def export(
@@ -47,11 +53,7 @@ def export(
             float16.
         RunError: `out` cannot be written.
     """
-    if out.is_dir():
-        if others := sorted({path.name for path in out.iterdir()} - {*FILES}):
-            raise UserError(f"out = {out} holds other files, such as {others[0]}: name a new folder")
-    elif out.exists():
-        raise UserError(f"out = {out} is not a folder: name a new one")
+    _check_out(out, FILES)
     corpus = corpus_of(model, text, progress)
     metadata, config = model.metadata, model.config
     if metadata.total_steps is not None:  # chosen by `--minutes`: as if the settings had named it
@@ -73,12 +75,39 @@ def export(
     return model
 
 
+def export_elsewhere(model: TrainedModel, out: Path, kind: str, dtype: str = "float32") -> tuple[str, ...]:
+    """Write a model for other programs, `kind` is one of `ELSEWHERE`; return the names of the files.
+
+    Raises:
+        UserError: they have no such model, `out` holds other files, or a parameter is too large for `dtype`.
+        RunError: `out` cannot be written.
+    """
+    files = ELSEWHERE[kind]
+    _check_out(out, files)
+    stored = as_stored(model.params, dtype)
+    if kind == "hf":
+        contents = hugging_face_files(model.module, model.tokenizer, stored)
+    else:
+        contents = llama2c_files(model.config.model, model.tokenizer, stored)
+    _write(out, contents)
+    return files
+
+
+def _check_out(out: Path, files: Sequence[str]) -> None:
+    """Raise a `UserError` if a folder holds other files than those that are written."""
+    if out.is_dir():
+        if others := sorted({path.name for path in out.iterdir()} - {*files}):
+            raise UserError(f"out = {out} holds other files, such as {others[0]}: name a new folder")
+    elif out.exists():
+        raise UserError(f"out = {out} is not a folder: name a new one")
+
+
 def as_stored(params: Params, dtype: str) -> Params:
     """Parameters as NumPy arrays of `dtype`; raises `UserError` if one of them is not finite there."""
     with np.errstate(over="ignore"):
-        stored = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype), params)
+        stored = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.dtype(dtype)), params)
     for name, leaf in name_leaves(stored).items():
-        if not np.isfinite(leaf).all():
+        if not np.isfinite(leaf.astype(np.float32)).all():
             raise UserError(f"dtype = {dtype!r} is too small for {name}: use --dtype float32")
     return stored
 
@@ -91,8 +120,9 @@ def _model_card(model: TrainedModel, corpus: Corpus, name: str, dtype: str) -> s
     tokens, vocab_size = "characters" if is_char else "tokens", model.tokenizer.vocab_size
     size = f"{corpus.n_characters:,} characters" if corpus.n_characters else "token files"
     shape, folder = config.model, shlex.quote(name)
-    text = Path(config.data.path).name  # without the folders of this machine
-    settings, defaults = flatten(config) | {"data.path": text}, flatten(Config())
+    # Without the folders of this machine.
+    text, parent = Path(config.data.path).name, Path(config.init_from).name
+    settings, defaults = flatten(config) | {"data.path": text, "init_from": parent}, flatten(Config())
     changed = [f"    {key} = {value!r}\n" for key, value in settings.items() if value != defaults[key]]
     versions = ", ".join(map(" ".join, sorted(model.metadata.versions.items())))
     return f"""\
@@ -108,6 +138,7 @@ folder and this card were written by `python -m gpt_jax export`.
 | shape | layers: {shape.n_layer}, heads: {shape.n_head}, width: {shape.d_model}, context: {shape.context} |
 | loss | {loss:.4f} nats per token ({loss / math.log(2):.4f} bits) |
 | step | {model.step:,} of {config.train.steps:,} ({model.source}) |
+| started from | {parent or "random parameters"} |
 | trained with | {versions} |
 
 The loss is the mean cross-entropy over the whole validation split, in non-overlapping windows of the

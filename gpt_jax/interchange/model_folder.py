@@ -42,14 +42,10 @@ def read_exported(folder: Path, target_of: Callable[[Metadata], Params]) -> tupl
     Sizes are checked before anything large is read, and no code in the folder is run. A `UserError` names a
     file that is missing, damaged, or does not fit the others.
     """
-    with _named(folder / MODEL) as path:
-        if path.stat().st_size > MAX_JSON:
-            raise UserError(f"{path.stat().st_size:,} bytes are more than {MAX_JSON:,}")
-        model = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(model, dict):
-            raise UserError("not a JSON object")
+    with named(folder / MODEL, "exported model") as path:
+        model = read_json(path)
         metadata = Metadata.from_dict(model | {"recent_losses": []})
-    with _named(folder / PARAMS) as path:
+    with named(folder / PARAMS, "exported model") as path:
         target = target_of(metadata)
         n_params, n_bytes = count_params(target), path.stat().st_size
         if 2 * n_params > n_bytes:
@@ -74,6 +70,16 @@ def _read_arrays(path: Path, wanted: dict[str, Any]) -> dict[str, np.ndarray]:
         return {name: file.get_tensor(name) for name in wanted}
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of JSON, which may not be large."""
+    if path.stat().st_size > MAX_JSON:
+        raise UserError(f"{path.stat().st_size:,} bytes are more than {MAX_JSON:,}")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise UserError("not a JSON object")
+    return values
+
+
 def checksum(arrays: dict[str, np.ndarray]) -> str:
     """The SHA-256 of the names and the bytes of arrays, as hexadecimal digits."""
     digest = hashlib.sha256()
@@ -84,13 +90,14 @@ def checksum(arrays: dict[str, np.ndarray]) -> str:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[Path]:
-    """Turn whatever is wrong with a file into one line that names it."""
+def named(path: Path, kind: str) -> Iterator[Path]:
+    """Turn whatever is wrong with a file into one line that names it, and the kind of model."""
     try:
         if not path.is_file():  # reading a pipe would wait forever
-            raise UserError("not a file" if path.exists() else "missing")
+            raise UserError("not a file" if path.exists() else "missing: get the folder again")
         yield path
     except (UserError, OSError, ValueError, RecursionError, OverflowError, SafetensorError) as error:
         what = error.strerror if isinstance(error, OSError) else str(error)
         what = textwrap.shorten(str(what), 400)
-        raise UserError(f"exported model, {path}: {what or type(error).__name__}") from None
+        what += ": get another copy" if isinstance(error, SafetensorError) else ""
+        raise UserError(f"{kind}, {path}: {what or type(error).__name__}") from None

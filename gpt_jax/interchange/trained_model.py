@@ -11,15 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt_jax.config import Config, MeshConfig
+from gpt_jax.adapters import merge, trained_params
+from gpt_jax.config import Config, MeshConfig, ModelConfig
 from gpt_jax.data.tokenizers import Tokenizer
 from gpt_jax.data.tokens import Tokens
-from gpt_jax.errors import UserError
-from gpt_jax.interchange.model_folder import is_exported, read_exported
+from gpt_jax.errors import RunError, UserError
+from gpt_jax.interchange.hugging_face import is_hugging_face, read_hugging_face
+from gpt_jax.interchange.model_folder import checksum, is_exported, read_exported
+from gpt_jax.interchange.nanogpt import is_nanogpt, read_nanogpt
 from gpt_jax.jax_settings import default_jax_settings, each_with_default_jax_settings
 from gpt_jax.model.layers import Params
-from gpt_jax.model.loss import loss_of_tokens
-from gpt_jax.model.params import abstract_params, count_params, unstack_layers
+from gpt_jax.model.loss import loss_of_tokens, losses_of_batches
+from gpt_jax.model.params import count_params, name_leaves, unstack_layers
 from gpt_jax.model.transformer import GPT
 from gpt_jax.parallel.devices import local_devices
 from gpt_jax.paths import expand
@@ -45,7 +48,7 @@ class TrainedModel:
     plan: Plan  # the device and the precision that it computes with here
     module: GPT
     params: Params  # as training has them
-    source: str  # "best checkpoint", "last checkpoint", or "exported model"
+    source: str  # "best checkpoint", "last checkpoint", "exported model", "Hugging Face folder" ...
     workdir: Path  # the folder it was read from
 
     @property
@@ -139,7 +142,7 @@ class TrainedModel:
         rows = [ids for ids in encoded for _ in range(num_samples)]  # one array for all texts of a prompt
         end_id = getattr(tokenizer, "end_id", None)  # a tokenizer of your own may have none
         texts = [GrowingText(tokenizer.decoder(), stops, end_id) for _ in rows]
-        key = stream(seed, SAMPLE_STREAM)
+        key, rules = stream(seed, SAMPLE_STREAM), rules.replace(n_tokens=tokenizer.vocab_size)
         pieces = generate_pieces(self.module, self.params, rows, length, rules, key, window)
         return _grow(texts, length, each_with_default_jax_settings(pieces))
 
@@ -165,9 +168,14 @@ class TrainedModel:
     def loss(self, text: str | Tokens) -> float:
         """Nats per token of a text of two tokens or more, or of its ids [N]: see `loss_of_tokens`."""
         tokens_N = self.tokenizer.encode(text) if isinstance(text, str) else text
-        if len(tokens_N) < 2:
-            raise UserError(f"text of {len(tokens_N)} token(s) must have 2 or more for a loss")
         return loss_of_tokens(self.module, self.params, tokens_N, self.plan.micro_batch_size)
+
+    @default_jax_settings()
+    def losses(self, text: str | Tokens) -> np.ndarray:
+        """Nats of each token but the first, float32 [N - 1], whose mean is the `loss` but for rounding."""
+        tokens_N = self.tokenizer.encode(text) if isinstance(text, str) else text
+        how = self.module, self.params, tokens_N, self.plan.micro_batch_size, lambda: None
+        return np.concatenate([*losses_of_batches(*how, each=True)]).ravel()[: len(tokens_N) - 1]
 
     def _window(self, text: str) -> np.ndarray:
         ids, context = self.tokenizer.encode(text), self.config.model.context
@@ -203,7 +211,7 @@ def _attention(module: GPT, params: Params, tokens_1xT: np.ndarray) -> jax.Array
 
 @default_jax_settings()
 def load(workdir: str | Path, which: str = "best") -> TrainedModel:
-    """Read the model of a run, or one that `python -m gpt_jax export` wrote.
+    """Read the model of a run, or of a folder: exported, of Hugging Face's transformers, or of nanoGPT.
 
     `which` checkpoint of a run: the "best", by validation loss, or the "last". A damaged one is named on
     stderr, and the next good one is used.
@@ -221,6 +229,10 @@ def load(workdir: str | Path, which: str = "best") -> TrainedModel:
         source, (metadata, params) = f"{which} checkpoint", _read_checkpoint(workdir, which)
     elif is_exported(workdir):
         source, (metadata, params) = "exported model", read_exported(workdir, _shapes_of_params)
+    elif is_hugging_face(workdir):
+        source, (metadata, params) = "Hugging Face folder", read_hugging_face(workdir, _shapes_of_params)
+    elif is_nanogpt(workdir):
+        source, (metadata, params) = "checkpoint of nanoGPT", read_nanogpt(workdir, _shapes_of_params)
     else:
         raise UserError(
             f"no trained model in {workdir}: name another folder, or train one (README.md says how)"
@@ -235,12 +247,42 @@ def _for_one_device(metadata: Metadata) -> tuple[Plan, GPT]:
     plan = make_plan(config, devices=local_devices()[:1])
     if metadata.total_steps is not None:
         plan = replace(plan, steps=metadata.total_steps, steps_were_chosen=True)
-    return plan, GPT(plan.config.model, metadata.tokenizer.vocab_size, plan.execution)
+    vocab_size = config.model.vocabulary(metadata.tokenizer.vocab_size)
+    return plan, GPT(plan.config.model, vocab_size, plan.execution)
 
 
 def _shapes_of_params(metadata: Metadata) -> Params:
     plan, module = _for_one_device(metadata)
-    return abstract_params(module, plan.mesh)
+    return trained_params(module, plan.mesh)
+
+
+def params_sha256(params: Params) -> str:
+    """The SHA-256 of parameters, with their names."""
+    return checksum({name: np.ascontiguousarray(leaf) for name, leaf in name_leaves(params).items()})
+
+
+def with_context(params: Params, config: ModelConfig) -> Params:
+    """Parameters with the learned positions of a context that may be shorter."""
+    if config.position != "learned":
+        return params
+    rows_TxD = params["position_embedding"]["embedding"][: config.context]
+    return params | {"position_embedding": {"embedding": rows_TxD}}
+
+
+def frozen_params(metadata: Metadata) -> Params:
+    """What the adapters of a run adapt: the parameters of its parent.
+
+    Raises:
+        UserError: the parent is gone, or has other parameters.
+    """
+    path, parent = metadata.config.init_from, metadata.parent
+    try:
+        params = load(path).params
+    except (UserError, RunError) as error:
+        raise UserError(f"init_from = {path!r}, which this run adapts, cannot be read: {error}") from None
+    if not parent or params_sha256(params) != parent["sha256"]:
+        raise UserError(f"init_from = {path!r} has other parameters than this run adapts: restore them")
+    return with_context(params, metadata.config.model)
 
 
 def _read_checkpoint(workdir: Path, which: str) -> tuple[Metadata, Params]:
@@ -260,4 +302,10 @@ def _read_checkpoint(workdir: Path, which: str) -> tuple[Metadata, Params]:
 
     with closing(Checkpoints(checkpoint_folder(workdir))) as checkpoints:
         steps = checkpoints.best_first if which == "best" else lambda: checkpoints.steps()[::-1]
-        return checkpoints.first_good(steps, read)[0]
+        metadata, params = checkpoints.first_good(steps, read)[0]
+    if not metadata.config.model.lora_rank:
+        return metadata, params
+    model = replace(metadata.config.model, lora_rank=0)  # merged, it is like any other
+    return replace(metadata, config=replace(metadata.config, model=model)), merge(
+        frozen_params(metadata), params
+    )

@@ -16,6 +16,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.version import __version__
 
 FORMAT_VERSION = 3
+PARENT = {"path": str, "source": str, "step": int, "sha256": str}  # of the parameters
 
 
 class FormatError(UserError):
@@ -40,6 +41,7 @@ class Metadata:
     total_steps: int | None = None  # of the run, where `--minutes` chose them; else `config.train.steps`
     # The numbers of this step, where a stop interrupted its evaluation; a resumed run evaluates it first.
     unfinished: dict[str, float] | None = None
+    parent: dict[str, Any] | None = None  # the model of `init_from`: its values are those of `PARENT`
     format_version: int = FORMAT_VERSION  # version it was stored in
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,6 +92,9 @@ _VALID: dict[str, Callable[[Any], bool]] = {
     "total_steps": lambda value: value is None or (type(value) is int and 0 < value < 2**31),
     "unfinished": lambda value: (
         value is None or (isinstance(value, dict) and {*map(type, value.values())} <= {int, float})
+    ),
+    "parent": lambda value: (
+        value is None or (isinstance(value, dict) and {k: type(v) for k, v in value.items()} == PARENT)
     ),
 }
 

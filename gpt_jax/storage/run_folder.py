@@ -14,7 +14,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.files import sync
 
 CONFIG, FACTS, METRICS = "config.json", "run.json", "metrics.jsonl"
-PLOT, SAMPLES = "loss.png", "samples.txt"
+PLOT, SAMPLES, PROFILE = "loss.png", "samples.txt", "profile"
 LOCK, HOLDER = "lock", "lock.holder"  # the second says who holds the lock
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # of some network file systems
 
