@@ -7,6 +7,7 @@ A config file (`configs/*.py`) returns an `ml_collections.ConfigDict`, which the
 import dataclasses
 import json
 import math
+import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,6 +20,11 @@ from gpt_jax.errors import UserError
 
 MAX_WINDOWS = 2**31  # windows of a run are numbered with 32 bits
 Dtype = Literal["float32", "bfloat16"]  # of the activations
+# Settings of a model that change how it is trained or computed; all others change what it computes.
+FREE = (
+    "context", "init_std", "zero_init", "dropout", "attention_dropout", "query_blocks", "remat", "unroll",
+    "dtype", "lora_rank",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,11 +33,15 @@ class ModelConfig:
 
     n_layer: int = 6
     n_head: int = 6
+    n_kv_head: int = 0  # grouped-query attention: heads of keys and values, each read by several; 0: n_head
     d_model: int = 384
     context: int = 256  # T: how many tokens the model sees
+    d_head: int = 0  # 0: d_model / n_head
     d_mlp: int = 0  # 0: 4 d_model, or 8/3 d_model (rounded up to a multiple of 8) for swiglu
+    vocab_size: int = 0  # rows of the token embedding; 0: one for each token of the tokenizer
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    activation: Literal["gelu", "relu2", "swiglu"] = "gelu"
+    norm_eps: float = 0.0  # added to the variance; 0: 1e-5 in layernorm, 1e-6 in rmsnorm
+    activation: Literal["gelu", "gelu_exact", "relu2", "swiglu"] = "gelu"  # gelu is its tanh approximation
     position: Literal["learned", "rope"] = "learned"
     rope_base: float = 10_000.0
     qk_norm: bool = False  # RMSNorm of queries and keys before their product
@@ -44,6 +54,8 @@ class ModelConfig:
     init_std: float = 0.02
     dropout: float = 0.0  # on the embedding and on what each block adds
     attention_dropout: float = 0.0  # on the attention weights
+    # LoRA: train adapters of this rank in the linear layers of a model that `init_from` names; 0: train all.
+    lora_rank: int = 0
     query_blocks: int = 1  # compute attention in this many blocks of queries, and skip the keys after each
     # Rematerialisation: what the backward pass recomputes instead of storing, which saves memory and costs
     # time. "elementwise": all but the results of matrix products with parameters; "block": all but the input
@@ -55,9 +67,19 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     @property
-    def d_head(self) -> int:
+    def head_width(self) -> int:
         """K: the width of one attention head."""
-        return self.d_model // self.n_head
+        return self.d_head or self.d_model // self.n_head
+
+    @property
+    def n_groups(self) -> int:
+        """How many heads of queries share one head of keys and values."""
+        return self.n_head // (self.n_kv_head or self.n_head)
+
+    @property
+    def epsilon(self) -> float:
+        """What the norms add to the variance."""
+        return self.norm_eps or (1e-6 if self.norm == "rmsnorm" else 1e-5)
 
     @property
     def mlp_width(self) -> int:
@@ -68,21 +90,36 @@ class ModelConfig:
             return math.ceil(8 * self.d_model / 3 / 8) * 8
         return 4 * self.d_model
 
+    def vocabulary(self, n_tokens: int) -> int:
+        """V: the rows of the token embedding, for a tokenizer of so many tokens; a UserError if too few."""
+        if 0 < self.vocab_size < n_tokens:
+            raise UserError(
+                f"model.vocab_size = {self.vocab_size} must be {n_tokens} or above, the tokens of the "
+                f"tokenizer, or 0"
+            )
+        return self.vocab_size or n_tokens
+
     def __post_init__(self) -> None:
         check_range(self, "model", "be above 0", "n_layer", "n_head", "d_model", "context")
         check_range(self, "model", "be above 0", "rope_base", "init_std", "query_blocks")
-        check_range(self, "model", "be 0 or above", "d_mlp", "conv_width")
+        check_range(self, "model", "be 0 or above", "d_mlp", "conv_width", "n_kv_head", "d_head", "lora_rank")
+        check_range(self, "model", "be 0 or above", "vocab_size", "norm_eps")
         check_range(self, "model", f"be {MAX_UNROLLED} or below", "conv_width", "query_blocks")
         check_range(self, "model", "lie in [0, 1)", "dropout", "attention_dropout")
-        if self.d_model % self.n_head:
+        if self.d_model % self.n_head and not self.d_head:
             raise UserError(
                 f"model.d_model = {self.d_model} cannot be divided among model.n_head = {self.n_head} "
                 f"heads: choose a width that is a multiple of {self.n_head}"
             )
-        if self.position == "rope" and self.d_head % 2:
+        if self.n_kv_head and self.n_head % self.n_kv_head:
             raise UserError(
-                f"model.position = 'rope' rotates pairs of channels, but a head is {self.d_head} wide "
-                f"(d_model / n_head): choose an even width"
+                f"model.n_kv_head = {self.n_kv_head} must divide model.n_head = {self.n_head}: each head of "
+                f"keys and values is read by equally many heads of queries"
+            )
+        if self.position == "rope" and self.head_width % 2:
+            raise UserError(
+                f"model.position = 'rope' rotates pairs of channels, but a head is {self.head_width} wide "
+                f"(model.d_head, or else d_model / n_head): choose an even width"
             )
 
 
@@ -96,6 +133,7 @@ class DataConfig:
     # "char", "byte", "gpt2", "bpe:8192" (trained on the text), or the path of a tokenizer.json; empty: that
     # of the token files, or else "char".
     tokenizer: str = ""
+    extend_vocabulary: bool = False  # with init_from: add the characters that only this text has
     train_fraction: float = 0.9
     # Where the tokens of the training split are. "device": all on the device; "host": batches are read from
     # files while the device computes. The batches are the same. "auto": on the device up to 64 MiB.
@@ -154,6 +192,15 @@ class TrainConfig:
     save_minutes: float = 5.0  # save at least this often, besides the checkpoint at each evaluation
     sample_length: int = 200  # tokens of sample text at each evaluation; 0: none
     tensorboard: bool = False  # also write TensorBoard events: pip install -e '.[tensorboard]'
+    wandb: bool = False  # also log to Weights & Biases: pip install -e '.[wandb]'
+    # Write a profiler trace of these updates, the first and the last, such as "100:105"; empty: none.
+    profile_steps: str = ""
+
+    @property
+    def profiled(self) -> tuple[int, int]:
+        """The first and the last update of the profiler trace; 0, 0: there is none."""
+        match = re.fullmatch("([0-9]{1,10}):([0-9]{1,10})", self.profile_steps)
+        return (int(match[1]), int(match[2])) if match else (0, 0)
 
     def __post_init__(self) -> None:
         check_range(self, "train", "be above 0", "steps", "batch_size")
@@ -166,6 +213,11 @@ class TrainConfig:
             raise UserError(
                 f"train.batch_size = {self.batch_size} cannot be split into train.grad_accum_steps = "
                 f"{self.grad_accum_steps} equal micro-batches"
+            )
+        if self.profile_steps and not 0 < self.profiled[0] < self.profiled[1] <= self.steps:
+            raise UserError(
+                f"train.profile_steps = {self.profile_steps!r} must be the first and the last update, as in "
+                f"'100:105', with 0 < first < last <= train.steps = {self.steps}"
             )
 
 
@@ -187,6 +239,9 @@ class Config:
     """All settings of a run."""
 
     seed: int = 1337
+    # The folder of a trained model, of which the run takes parameters, vocabulary and shape: the settings of
+    # `model` that are left at their defaults. Empty: random parameters.
+    init_from: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -196,10 +251,16 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed = {self.seed} must lie in [0, 2**32)")
+        if self.data.extend_vocabulary and not self.init_from:
+            raise UserError("data.extend_vocabulary = True is for a run with init_from: leave it out")
         if self.optimizer.warmup_steps > self.train.steps:
             raise UserError(
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} is longer than the run: "
                 f"train.steps = {self.train.steps}"
+            )
+        if self.model.lora_rank and not self.init_from:
+            raise UserError(
+                f"model.lora_rank = {self.model.lora_rank} needs a model: name it with --config.init_from"
             )
         windows = self.train.steps * self.train.batch_size
         if windows >= MAX_WINDOWS:
@@ -210,8 +271,15 @@ class Config:
         shards = max(self.mesh.data, 1) * self.mesh.fsdp
         devices = f"mesh.data x mesh.fsdp = {shards} devices"
         check_batch_split(self.train, shards, devices, "or smaller values of these two")
+        if not self.init_from:  # else the shape may be the parent's
+            self.check_mesh()
+
+    def check_mesh(self) -> None:
+        """Raise `UserError` unless the model can be split equally over the mesh."""
         check_divides(self.mesh.fsdp, "mesh.fsdp", self.model.d_model, "model.d_model")
+        n_kv_head = self.model.n_head // self.model.n_groups
         check_divides(self.mesh.tensor, "mesh.tensor", self.model.n_head, "model.n_head")
+        check_divides(self.mesh.tensor, "mesh.tensor", n_kv_head, "model.n_kv_head")
         check_divides(self.mesh.tensor, "mesh.tensor", self.model.mlp_width, "the MLP width, model.d_mlp")
 
     @classmethod

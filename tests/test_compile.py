@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.export
@@ -17,7 +18,7 @@ from test_commands import environment
 from gpt_jax.commands import compile as command
 from gpt_jax.config import Config, MeshConfig, ModelConfig
 from gpt_jax.costs import topologies
-from gpt_jax.costs.chips import GIB, find_chip, utilization
+from gpt_jax.costs.chips import GIB, find_chip, peak_flops
 from gpt_jax.costs.counts import Costs
 from gpt_jax.data.batches import TokenWindows
 from gpt_jax.errors import RunError, UserError
@@ -66,10 +67,18 @@ def test_flops_are_six_for_each_weight_of_a_product_and_attention(activation):
     assert flops_per_token(config, 65) == 6 * weights + 12 * 3 * 256 * 384
 
 
-def test_utilization_is_a_part_of_the_peak():
-    assert utilization(1e6, 100_000_000, "TPU v5 lite", 1) == pytest.approx(1e14 / 197e12)
-    assert utilization(1e6, 100_000_000, "TPU v5 lite", 4) == pytest.approx(1e14 / 197e12 / 4)
-    assert utilization(1e6, 100_000_000, "cpu", 1) is None
+@pytest.mark.parametrize(
+    "kind, dtype, peak",
+    [
+        ("TPU v5 lite", "bfloat16", 4 * 197e12),
+        ("TPU v5 lite", "float32", None),
+        ("Tesla T4", "bfloat16", None),
+    ],
+)
+def test_the_peak_is_that_of_all_devices_and_of_bfloat16(kind, dtype, peak):
+    device = SimpleNamespace(platform="tpu", device_kind=kind)
+    mesh = SimpleNamespace(devices=np.full((4, 1, 1), device), size=4)
+    assert peak_flops(mesh, dtype) == peak
 
 
 @pytest.mark.parametrize(

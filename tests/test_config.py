@@ -20,7 +20,7 @@ def nested(key, value):
     [
         ("model.n_layers", 4, "unknown setting model.n_layers: did you mean model.n_layer?"),
         ("model.n_\nlayer", 4, r"unknown setting model.'n_\\nlayer': did you mean model.n_layer"),
-        ("nonsense", 4, "unknown setting nonsense: known: seed, model"),
+        ("nonsense", 4, "unknown setting nonsense: known: seed, init_from, model"),
         ("model", 4, "model = 4 must be a group of settings"),
         ("model.n_layer", "4", "model.n_layer = '4' must be of type int"),
         ("model.n_layer", 4.0, "model.n_layer = 4.0 must be of type int"),
@@ -49,6 +49,10 @@ def nested(key, value):
             7,
             "train.batch_size = 64 cannot be split into train.grad_accum_steps",
         ),
+        ("train.profile_steps", "5-6", "train.profile_steps = '5-6' must be the first and the last update"),
+        ("train.profile_steps", "0:6", "as in '100:105', with 0 < first < last <= train.steps = 5000"),
+        ("train.profile_steps", "6:6", "train.profile_steps = '6:6' must be"),
+        ("train.profile_steps", "6:5001", "train.profile_steps = '6:5001' must be"),
         ("mesh.tensor", 4, "model.n_head = 6 cannot be split equally over mesh.tensor = 4 devices"),
         (
             "mesh.fsdp",

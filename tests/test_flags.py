@@ -69,13 +69,15 @@ def test_the_setting_that_was_meant_is_named(command, flag, meant):
         (evaluate, [REPOSITORY], f"did you mean --workdir {REPOSITORY}?"),
         (evaluate, [REPOSITORY / "README.md"], f"did you mean --text {REPOSITORY / 'README.md'}?"),
         (evaluate, ["nothing"], "unexpected argument 'nothing': flags begin with --"),
-        (evaluate, ["--init_from=resume"], "unknown flag --init_from: name a run with --workdir"),
+        (evaluate, ["--init_from=x"], "unknown flag --init_from: python train.py has --config.init_from"),
+        (train, [*SMOKE, "--init_from=x"], "unknown flag --init_from: did you mean --config.init_from?"),
         (export, ["--output=x"], "unknown flag --output: did you mean --out?"),
         (sample, ["--out_file=x"], "unknown flag --out_file: did you mean --out?"),
         (sample, ["--text=x"], "unknown flag --text: --help lists the flags"),
         (evaluate, ["--seed=3"], "unknown flag --seed: python train.py has --config.seed"),
         (evaluate, ["--promt=x"], "unknown flag --promt: --help lists the flags"),
         (train, [*SMOKE, "--data=x"], "unknown flag --data: did you mean --config.data.path?"),
+        (train, [*SMOKE, "--wandb_log=True"], "unknown flag --wandb_log: did you mean --config.train.wandb?"),
         (train, [*SMOKE, "--lr=1"], "unknown flag --lr: did you mean --config.optimizer.learning_rate?"),
         (train, [*SMOKE, "--epochs=3"], "unknown flag --epochs: give the number of updates, --config.train"),
         (train, [*SMOKE, "--minute=3"], "unknown flag --minute: did you mean --minutes?"),
@@ -120,6 +122,9 @@ def test_the_flag_that_was_meant_is_named(command, arguments, message):
         (sample, ["--prompt", "--help"], "if --help is the value, write --prompt=--help"),
         (evaluate, ["--which", "beste"], "--which: invalid choice: 'beste'"),
         (evaluate, ["--text"], "--text: expected one argument"),
+        (evaluate, ["--workdir"], "--workdir: expected at least one argument"),
+        (evaluate, ["--workdir", "--text", "a"], "--workdir: expected at least one argument"),
+        (evaluate, ["--workdir", "a", "b", "--text", "c", "d"], "unexpected argument 'd': flags begin with"),
         (export, [], "the following arguments are required: --out"),
         (export, ["--out=x", "--dtype=int8"], "--dtype: invalid choice: 'int8'"),
         (train, [*SMOKE, "--workdir"], "--workdir: expected one argument"),
@@ -148,6 +153,7 @@ def parser():
     made.add_argument("--prompt", default="")
     made.add_argument("--number", type=float)
     made.add_argument("--greedy", action="store_true")
+    made.add_argument("--several", nargs="+", action="extend")
     return made
 
 
@@ -159,6 +165,18 @@ def test_a_prompt_may_begin_with_dashes(prompt):
         assert parser().parse_args([*arguments, "--greedy"]).prompt == prompt
     assert parser().parse_args(["--prompt=--greedy"]).prompt == "--greedy"
     assert not parser().parse_args(["--prompt=--greedy"]).greedy
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--several", "a", "b", "c=d"], ["--several=a", "--several", "b", "c=d"], ["--several", "a", "--greedy",
+     "--several=b", "--several=c=d"]],
+)  # fmt: skip
+def test_a_flag_may_take_several_values(arguments):
+    for more in ([], ["--prompt", "--hello"]):
+        assert parser().parse_args([*arguments, *more]).several == ["a", "b", "c=d"]
+        assert parser().parse_args([*more, *arguments]).several == ["a", "b", "c=d"]
+    assert parser().parse_args([]).several is None
 
 
 @pytest.mark.parametrize("number", ["-1", "-.5", "-1e-5", "-inf", "3"])

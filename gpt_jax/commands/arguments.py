@@ -25,7 +25,7 @@ OTHER_NAMES = {
     "eval_interval": "--config.train.eval_every",
     "log_interval": "--config.train.log_every",
     "eval_iters": "--config.train.eval_tokens (tokens, not batches)",
-    "wandb_log": "--config.train.tensorboard",
+    "wandb_log": "--config.train.wandb",
     "dataset": "--config.data.path",
     "data": "--config.data.path",
     "lr": "--config.optimizer.learning_rate",
@@ -46,7 +46,6 @@ NO_FLAG = {
     "epochs": "give the number of updates, --config.train.steps",
     "device": "set the environment variable JAX_PLATFORMS, as in JAX_PLATFORMS=cpu",
     "compile": "leave it out, since programs are always compiled",
-    "init_from": "name a run with --workdir; training resumes it",
     "eval_only": "python -m gpt_jax evaluate does that",
 }
 

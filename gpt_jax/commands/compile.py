@@ -82,7 +82,7 @@ def list_programs(plan: Plan, corpus: Corpus, rows: int) -> Iterator[PlannedProg
     """The programs of a run whose devices may be absent. `rows`: texts to sample at once, on one device."""
     config, mesh = plan.config, plan.mesh
     everywhere = replicated(mesh)
-    vocab_size, context = corpus.tokenizer.vocab_size, config.model.context
+    context, vocab_size = config.model.context, config.model.vocabulary(corpus.tokenizer.vocab_size)
     flops: float = flops_per_token(config.model, vocab_size)
     model = GPT(config.model, vocab_size, plan.execution)
     optimizer = make_optimizer(config.optimizer, plan.steps)

@@ -1,6 +1,12 @@
-"""Published peak FLOP/s, bandwidth and memory of accelerators, and model FLOP/s utilization (MFU)."""
+"""Peak FLOP/s, bandwidth and memory of accelerators, as published, and the FLOP/s of the CPU here."""
 
+import timeit
 from dataclasses import dataclass
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
 
 @dataclass(frozen=True)
@@ -36,11 +42,21 @@ def find_chip(device_kind: str) -> Chip | None:
     return next((chip for chip in CHIPS if device_kind in chip.kinds), None)
 
 
-def utilization(tokens_per_second: float, flops: int, device_kind: str, n_devices: int) -> float | None:
-    """Model FLOPs utilization, MFU: the fraction of the peak bfloat16 arithmetic that training uses.
+def peak_flops(mesh: Mesh, dtype: str) -> float | None:
+    """The FLOP/s that all devices together reach at most, which MFU refers to; None where it is not known.
 
-    All devices together train on `tokens_per_second`, with `flops` for each (`model/params.py`). None where
-    JAX's `device_kind` is not in the table.
+    In bfloat16 the published peak; in float32 on a CPU what its cores reach here, simulated devices or not.
     """
-    chip = find_chip(device_kind)
-    return None if chip is None else tokens_per_second * flops / (n_devices * chip.flops)
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return product_flops() if dtype == "float32" else None
+    chip = find_chip(device.device_kind)
+    return mesh.size * chip.flops if chip and dtype == "bfloat16" else None
+
+
+@cache
+def product_flops() -> float:
+    """The FLOP/s of JAX's float32 matrix product on the CPU: the fastest of 60, a quarter of a GFLOP each."""
+    multiply, a = jax.jit(jnp.matmul), jnp.ones((512, 512), jnp.float32)
+    seconds = timeit.repeat(lambda: multiply(a, a).block_until_ready(), number=1, repeat=60)
+    return 2 * len(a) ** 3 / min(seconds)

@@ -1,8 +1,11 @@
-"""The files that the numbers and samples of a run go to: metrics.jsonl, samples.txt, TensorBoard events."""
+"""Where the numbers and samples of a run go: metrics.jsonl, samples.txt, TensorBoard, Weights & Biases."""
 
 import json
 import os
 import re
+import uuid
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +112,69 @@ class TensorBoard:
         """Flush and close."""
         if self._writer:
             self._writer.close()
+
+
+class WandB:
+    """The same numbers as a run of Weights & Biases, which a resumed run continues.
+
+    A process of wandb's own keeps and sends them. What it cannot do is a warning: training goes on.
+    """
+
+    def __init__(self, workdir: Path, settings: dict[str, Any]):
+        """`settings`: those of the run, which are shown there. Nothing is written before the first number."""
+        try:
+            import wandb
+
+            quiet: Any = {"silent": True, "console": "off"}
+            limits: Any = {"init_timeout": 30, "finish_timeout": 60, "finish_timeout_raises": True}
+            mode: Any = wandb.setup(wandb.Settings(**quiet, **limits)).settings.mode
+            if mode not in ("offline", "dryrun", "disabled") and not wandb.login(prompt=False):
+                raise UserError("train.wandb = True needs a login: `wandb login`, or set WANDB_MODE=offline")
+        except ImportError:
+            raise UserError("train.wandb = True needs a missing package: pip install -e '.[wandb]'") from None
+        except ValueError as error:  # of a variable WANDB_...
+            raise UserError(f"train.wandb = True: {' '.join(str(error).split())}") from None
+        except wandb.Error as error:  # after 10 s without a network
+            print(f"WARNING: wandb: {error} Kept for `wandb sync {workdir}/wandb/offline-run-*`.", flush=True)
+            mode = "offline"
+        self._id, self._is_on = workdir / "wandb" / "id", True
+        self._run: Any = None
+        self._init = partial(
+            wandb.init, dir=workdir, mode=mode, config=settings, allow_val_change=True, resume="allow",
+            project=os.environ.get("WANDB_PROJECT", "gpt_jax"),
+            name=os.environ.get("WANDB_NAME", workdir.absolute().name),
+            reinit="create_new",  # leaves a run of the user's own in this process alone
+        )  # fmt: skip
+
+    def write(self, record: Record) -> None:
+        """Log a record. Its "step" is the horizontal axis: a step that is done again is logged again."""
+        self._attempt(lambda: self._begun().log(record))
+
+    def amend(self, step: int, values: Record) -> None:
+        """Log more numbers for an earlier step."""
+        self.write(values | {"step": step})
+
+    def sync(self) -> None:
+        """Do nothing: what was logged outlives this process."""
+
+    def close(self) -> None:
+        """Wait until all is sent, a minute at most."""
+        if self._run:
+            self._attempt(self._run.finish)
+
+    def _begun(self) -> Any:
+        if not self._run:
+            if not self._id.exists():
+                self._id.parent.mkdir(exist_ok=True)
+                write_durably(self._id, uuid.uuid4().hex)
+            self._run = self._init(id=self._id.read_text(encoding="utf-8"))
+            self._run.define_metric("*", step_metric="step")
+        return self._run
+
+    def _attempt(self, action: Callable[[], Any]) -> None:
+        try:
+            if self._is_on:
+                action()
+        except Exception as error:  # lost numbers are no reason to lose a run
+            self._is_on = False
+            print(f"\nWARNING: wandb: {' '.join(str(error).split())}; its numbers are incomplete", flush=True)

@@ -109,7 +109,8 @@ class Sampler:
             Stopped: a stop was requested.
         """
         start_1x1 = np.array([[self.tokenizer.start_id]], np.int32)
-        rules, key = make_rules(temperature=0.8), stream(self.seed, SAMPLE_STREAM)
+        rules = make_rules(temperature=0.8).replace(n_tokens=self.tokenizer.vocab_size)
+        key = stream(self.seed, SAMPLE_STREAM)
         pieces: Iterable[np.ndarray] = generate_tokens(self.model, params, start_1x1, self.length, rules, key)
         if not self.is_compiled:
             with compiling("sampling", self.terminal.write) as compilation:

@@ -8,10 +8,11 @@ from typing import Any
 from gpt_jax.data.tokens import Corpus
 from gpt_jax.files import write_durably
 from gpt_jax.model.transformer import GPT
-from gpt_jax.monitor.metrics import TensorBoard
+from gpt_jax.monitor.metrics import TensorBoard, WandB
 from gpt_jax.plan import Plan
 from gpt_jax.storage.checkpoints import Checkpoints
 from gpt_jax.storage.run_folder import FACTS
+from gpt_jax.trainer.origin import Origin
 from gpt_jax.training.loop import MAX_STEPS_PER_CALL
 from gpt_jax.training.step import Objective
 
@@ -25,10 +26,11 @@ class OpenedRun:
     corpus: Corpus
     model: GPT
     checkpoints: Checkpoints
-    tensorboard: TensorBoard | None  # where its metrics go besides metrics.jsonl
+    trackers: list[TensorBoard | WandB]  # where its metrics go besides metrics.jsonl
     started: float  # when the process started, by `time.monotonic`
     minutes: float | None  # the time limit from the user, see `TimeLimit`
     objective: Objective
+    origin: Origin
     max_steps: int = MAX_STEPS_PER_CALL  # that one call of the compiled steps may make
     facts: dict[str, Any] = field(default_factory=dict)  # what run.json says beside the plan
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gpt_jax.costs.chips import utilization
+from gpt_jax.costs.chips import peak_flops
 from gpt_jax.model.params import flops_per_token
-from gpt_jax.monitor.metrics import MetricsFile, TensorBoard
+from gpt_jax.monitor.metrics import MetricsFile, TensorBoard, WandB
 from gpt_jax.monitor.terminal import Terminal
 from gpt_jax.plan import Plan
 from gpt_jax.records import Record, selection_loss
@@ -16,7 +16,7 @@ from gpt_jax.storage.metadata import Metadata
 from gpt_jax.training.loop import StepInfo
 from gpt_jax.training.optimizer import make_schedule
 
-Sinks = Sequence[MetricsFile | TensorBoard]
+Sinks = Sequence[MetricsFile | TensorBoard | WandB]
 
 
 class Recorder:
@@ -27,10 +27,7 @@ class Recorder:
         self.train_config, self.optimizer = plan.config.train, plan.config.optimizer
         self.sinks, self.terminal, self.started = sinks, terminal, started
         self.tokens_per_step = self.train_config.batch_size * plan.config.model.context
-        self.device_kind, self.n_devices = plan.mesh.devices.flat[0].device_kind, plan.mesh.size
-        # The known peaks of chips are those of bfloat16 arithmetic.
-        is_bfloat16 = plan.execution.dtype == "bfloat16"
-        self.flops_per_token = flops_per_token(plan.config.model, vocab_size) if is_bfloat16 else None
+        self.flops_per_token, self.plan = flops_per_token(plan.config.model, vocab_size), plan
         self.step = self.written_step = 0
         # The losses whose mean is the next line's train_loss. They are stored in checkpoints, so that a
         # resumed run writes the same lines as one that was not interrupted.
@@ -98,18 +95,17 @@ class Recorder:
         return np.asarray(make_schedule(self.optimizer, info.last_step, self.optimizer.learning_rate)(counts))
 
     def _record(self, grad_norm: float, learning_rate: float, tokens_per_second: float) -> Record:
-        mfu = None
-        if self.flops_per_token is not None:
-            mfu = utilization(tokens_per_second, self.flops_per_token, self.device_kind, self.n_devices)
-        return {
+        record: Record = {
             "step": self.step,
             "seconds": self.seconds(),
             "train_loss": float(np.mean(self.recent_losses)),
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
             "tokens_per_second": round(tokens_per_second, 1),
-            **({} if mfu is None else {"mfu": round(mfu, 4)}),
         }
+        if peak := peak_flops(self.plan.mesh, self.plan.execution.dtype):
+            record["mfu"] = round(tokens_per_second * self.flops_per_token / peak, 4)
+        return record
 
     def _write(self, record: Record) -> None:
         self.written_step = int(record["step"])

@@ -4,35 +4,38 @@ import math
 import shlex
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
+from gpt_jax.adapters import trained_params
 from gpt_jax.config import Config
 from gpt_jax.data.batches import lies_on_device
 from gpt_jax.data.corpus import load_corpus
-from gpt_jax.data.tokenizers import Tokenizer
 from gpt_jax.data.tokens import Corpus
 from gpt_jax.errors import RunError, UserError
 from gpt_jax.files import write_durably
 from gpt_jax.interchange.model_folder import is_exported
+from gpt_jax.model.layers import Params
 from gpt_jax.model.loss import next_token_loss
 from gpt_jax.model.params import abstract_params, count_params
 from gpt_jax.model.transformer import GPT
-from gpt_jax.monitor.metrics import TensorBoard, best_record, read_metrics, validated
+from gpt_jax.monitor.metrics import TensorBoard, WandB, best_record, read_metrics, validated
 from gpt_jax.monitor.terminal import LoadingBar, show_time
 from gpt_jax.parallel.devices import check_backend
 from gpt_jax.paths import ARTIFACTS, command, relative_to_root
 from gpt_jax.plan import Plan, describe_precision, make_plan
 from gpt_jax.rng import INIT_STREAM, stream
-from gpt_jax.storage.checkpoints import Checkpoints, read_metadata
+from gpt_jax.storage.checkpoints import Checkpoints
 from gpt_jax.storage.compilation_cache import compiling
 from gpt_jax.storage.metadata import Metadata, library_versions
 from gpt_jax.storage.run_folder import CONFIG, METRICS, checkpoint_folder, locked
 from gpt_jax.trainer.minutes import check_minutes, check_not_too_late
 from gpt_jax.trainer.opened_run import OpenedRun
+from gpt_jax.trainer.origin import find_origin
 from gpt_jax.trainer.session import Session
 from gpt_jax.trainer.signals import StopRequest, stop_on_signals
 from gpt_jax.training.loop import Callback, CallbackError, Program, StepInfo, Stopped
@@ -68,24 +71,27 @@ def train(
     if is_exported(workdir):
         raise UserError(f"workdir = {workdir} holds an exported model: choose another with --workdir")
     check_backend()
+    origin = find_origin(config, workdir)
+    config = origin.config
     plan = make_plan(config)
     with LoadingBar() as progress:
-        data, context = config.data, config.model.context
-        tokenizer = _trained_tokenizer(workdir, data.tokenizer)
-        corpus = load_corpus(plan.text, context, data.train_fraction, progress, data.tokenizer, tokenizer)
-    tensorboard = TensorBoard(workdir / "tensorboard") if config.train.tensorboard else None
+        context, train_fraction = config.model.context, config.data.train_fraction
+        corpus = load_corpus(plan.text, context, train_fraction, progress, origin.spec, origin.tokenizer)
+    trackers: list[Any] = [TensorBoard(workdir / "tensorboard")] if config.train.tensorboard else []
+    trackers += [WandB(workdir, config.to_dict())] if config.train.wandb else []
     # Nothing is written before this line, so bad settings leave no trace.
     with locked(workdir):
         checkpoints = Checkpoints(checkpoint_folder(workdir))
         try:
-            saved, state = _restore(plan, corpus, checkpoints, workdir)
+            saved, state = _restore(plan, corpus, checkpoints, workdir, origin.params)
             if saved:
                 check_not_too_late(minutes, config, saved, workdir)
             plan = make_plan(config, saved)
-            model = GPT(plan.config.model, corpus.tokenizer.vocab_size, plan.execution)
+            vocab_size = plan.config.model.vocabulary(corpus.tokenizer.vocab_size)
+            model = GPT(plan.config.model, vocab_size, plan.execution)
             objective = objective or next_token_loss
             run = OpenedRun(
-                plan, workdir, corpus, model, checkpoints, tensorboard, started, minutes, objective
+                plan, workdir, corpus, model, checkpoints, trackers, started, minutes, objective, origin
             )
             return _train(run, saved, state, stop, callbacks)
         except CallbackError as failed:
@@ -96,27 +102,20 @@ def train(
             checkpoints.close()  # completes the save in progress
 
 
-def _trained_tokenizer(workdir: Path, spec: str) -> Tokenizer | None:
-    """The tokenizer that a run has trained: training it again might give another one."""
-    if spec.startswith("bpe:"):
-        with closing(Checkpoints(checkpoint_folder(workdir))) as checkpoints:
-            for step in reversed(checkpoints.steps()):
-                with suppress(UserError):
-                    tokenizer = read_metadata(checkpoints, step).tokenizer
-                    return tokenizer if tokenizer.name == spec else None
-    return None
-
-
 def _restore(
-    plan: Plan, corpus: Corpus, checkpoints: Checkpoints, workdir: Path
+    plan: Plan, corpus: Corpus, checkpoints: Checkpoints, workdir: Path, params: Params
 ) -> tuple[Metadata | None, TrainState | None]:
-    """The newest checkpoint, None and None for a new run."""
+    """The newest checkpoint, None and None for a new run. `params`: what adapters adapt."""
     saved = state = None
     if checkpoints.steps():
         optimizer = make_optimizer(plan.config.optimizer, plan.steps)
-        model = GPT(plan.config.model, corpus.tokenizer.vocab_size, plan.execution)
+        vocab_size = plan.config.model.vocabulary(corpus.tokenizer.vocab_size)
+        model = GPT(plan.config.model, vocab_size, plan.execution)
         target = abstract_state(model, optimizer, plan.mesh)
         saved, state = restore_newest(checkpoints, target, plan.config, corpus.fingerprint, workdir)
+        if target.frozen is not None:
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, target.frozen)
+            state = state.replace(frozen=jax.device_put(params, shardings))
     elif read_metrics(workdir / METRICS):
         print(f"WARNING: {workdir} has metrics but no checkpoint: training starts from step 0")
     checkpoints.prepare()
@@ -134,11 +133,13 @@ def _train(
     plan, first_step, total = run.plan, saved.step if saved else 0, run.plan.steps
     run.facts = {
         "parameters": count_params(abstract_params(run.model, plan.mesh)),
+        "trained_parameters": count_params(trained_params(run.model, plan.mesh)),
         "train_tokens": len(run.corpus.train),
         "val_tokens": len(run.corpus.val),
         "tokenizer": run.corpus.tokenizer.name,
         "split": run.corpus.split,
         "batches": "device" if lies_on_device(run.corpus.train, plan.config.data.batches) else "host",
+        "parent": run.origin.record,
         "versions": library_versions(),
         "compile_seconds": {},
     }
@@ -156,6 +157,8 @@ def _train(
         before, now = (config.train.grad_accum_steps for config in (saved.config, plan.config))
         if before and before != now:
             print(f"batch   {now} micro-batches in an update instead of {before}")
+    else:
+        print(run.origin.message or "start   from random parameters")
 
     write_durably(run.workdir / CONFIG, plan.config.to_json())
     run.write_plan(plan)
@@ -195,7 +198,9 @@ def _init(run: OpenedRun, stop: StopRequest) -> TrainState:
     optimizer = make_optimizer(run.plan.config.optimizer, run.plan.steps)
     key = stream(run.plan.config.seed, INIT_STREAM)
     with compiling("initial state") as compilation:
-        state = stop.during(lambda: init_state(run.model, optimizer, run.plan.mesh, key))
+        # The origin does not keep them, so that no device holds them twice.
+        params, run.origin.params = run.origin.params, None
+        state = stop.during(lambda: init_state(run.model, optimizer, run.plan.mesh, key, params))
     run.facts["compile_seconds"]["initial state"] = compilation.seconds
     return state
 
@@ -228,10 +233,11 @@ def compile_steps(run: OpenedRun, state: TrainState, source_at: SourceAt) -> Pro
 def _describe(run: OpenedRun) -> str:
     """The first lines of a run."""
     plan, model, corpus = run.plan, run.plan.config.model, run.corpus
+    adapters = f", {run.facts['trained_parameters']:,} trained in adapters" if model.lora_rank else ""
     return (
         f"device  {plan.describe()}, jax {jax.__version__}\n"
         f"model   {run.facts['parameters']:,} parameters: {model.n_layer} layers, {model.n_head} heads, "
-        f"width {model.d_model}, context {model.context}\n"
+        f"width {model.d_model}, context {model.context}{adapters}\n"
         f"data    {relative_to_root(plan.text)}: {len(corpus.train):,} training tokens, "
         f"{len(corpus.val):,} validation tokens, vocabulary of {corpus.tokenizer.vocab_size:,} "
         f"({corpus.tokenizer.name}), split {corpus.split}\n"

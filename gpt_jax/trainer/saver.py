@@ -4,12 +4,10 @@ import time
 from functools import partial
 from typing import Any
 
-from gpt_jax.data.tokens import Corpus
-from gpt_jax.plan import Plan
 from gpt_jax.records import selection_loss
-from gpt_jax.storage.checkpoints import Checkpoints
 from gpt_jax.storage.metadata import Metadata, library_versions
 from gpt_jax.trainer.evaluator import Best
+from gpt_jax.trainer.opened_run import OpenedRun
 from gpt_jax.training.loop import StepInfo
 from gpt_jax.training.resume import state_items
 
@@ -17,16 +15,17 @@ from gpt_jax.training.resume import state_items
 class Saver:
     """Saves a checkpoint at each evaluation, and at least every `train.save_minutes`."""
 
-    def __init__(self, plan: Plan, corpus: Corpus, checkpoints: Checkpoints):
-        self.checkpoints = checkpoints
-        self.seconds_between = 60 * plan.config.train.save_minutes
+    def __init__(self, run: OpenedRun):
+        self.checkpoints = run.checkpoints
+        self.seconds_between = 60 * run.plan.config.train.save_minutes
         self.make_metadata = partial(
             Metadata,
-            config=plan.config,
-            tokenizer=corpus.tokenizer,
-            fingerprint=corpus.fingerprint,
+            config=run.plan.config,
+            tokenizer=run.corpus.tokenizer,
+            fingerprint=run.corpus.fingerprint,
             versions=library_versions(),
-            compute_dtype=plan.execution.dtype,
+            compute_dtype=run.plan.execution.dtype,
+            parent=run.origin.record,
         )
         self.saved_at = time.monotonic()
 

@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
+from gpt_jax.costs.chips import peak_flops
 from gpt_jax.data.tokens import TokenFileError
 from gpt_jax.errors import RunError, UserError
 from gpt_jax.model.params import name_leaves
@@ -18,10 +19,11 @@ from gpt_jax.paths import CHECKOUT, EXAMPLE_CONFIG
 from gpt_jax.records import Record, selection_key, selection_loss
 from gpt_jax.storage.integrity import DamagedError
 from gpt_jax.storage.metadata import Metadata
-from gpt_jax.storage.run_folder import METRICS, PLOT, SAMPLES
+from gpt_jax.storage.run_folder import METRICS, PLOT, PROFILE, SAMPLES
 from gpt_jax.trainer.evaluator import Best, Evaluator, Sampler
 from gpt_jax.trainer.minutes import Pace, TimeLimit
 from gpt_jax.trainer.opened_run import OpenedRun
+from gpt_jax.trainer.profiler import Profiler
 from gpt_jax.trainer.recorder import Recorder
 from gpt_jax.trainer.saver import Saver
 from gpt_jax.trainer.signals import StopRequest
@@ -59,16 +61,20 @@ class Session:
         # Whether a stop came before all was done that is due after the call that ended at `info.step`.
         self.after_call_pending = saved is not None and saved.unfinished is not None
         complete = begin.step - self.after_call_pending  # the files are complete up to here
-        sinks: list[Any] = [MetricsFile(run.workdir / METRICS, complete)]
-        sinks += [run.tensorboard] if run.tensorboard else []
+        sinks = [MetricsFile(run.workdir / METRICS, complete), *run.trackers]
         self.terminal = terminal = Terminal(begin.step, begin.last_step)
         for part in (*sinks, terminal):
             closing.callback(part.close)
-        self.recorder = Recorder(plan, corpus.tokenizer.vocab_size, sinks, terminal, run.started)
+        self.profiler = Profiler(self.train_config.profiled, run.workdir / PROFILE, terminal.write)
+        closing.callback(self.profiler.end)
+        is_late = 0 <= self.profiler.ends[0] < begin.step
+        if is_late and not (run.workdir / PROFILE).exists():
+            terminal.write(f"WARNING: no profile: update {self.profiler.ends[0] + 1} was made before")
+        self.recorder = Recorder(plan, model.vocab_size, sinks, terminal, run.started)
         self.evaluate = Evaluator(plan, model, corpus, terminal, stop)
         self.sample = Sampler(plan, model, corpus.tokenizer, terminal, stop)
         self.samples = SamplesFile(run.workdir / SAMPLES, complete)
-        self.saver = Saver(plan, corpus, run.checkpoints)
+        self.saver = Saver(run)
         self.pace = Pace(self.train_config.eval_every)
         self.total_steps = plan.steps if plan.steps_were_chosen else None  # as --minutes chose
         self.limit: TimeLimit | None = None  # as long as the number of steps is to be chosen
@@ -99,8 +105,11 @@ class Session:
             if self.after_call_pending:
                 self._after_call()
             if not self.stop:
+                self.profiler.begin_after(self.info)
                 for info in train_loop(program, self.info, self._boundary, self.run.max_steps):
                     self.info = info
+                    if info.step >= self.profiler.ends[1]:
+                        self.profiler.end()
                     if not info.metrics["is_finite"]:
                         self._end_at_nan()
                     self.after_call_pending = True
@@ -108,6 +117,7 @@ class Session:
                     self.after_call_pending = False
                     if self.stop:
                         break
+                    self.profiler.begin_after(info)
         except Stopped:
             pass
         except TokenFileError as error:  # after what was trained before is saved
@@ -124,8 +134,9 @@ class Session:
     def _boundary(self, step: int) -> int:
         """Where a call that begins at `step` has to end."""
         every = [callback.every for callback in self.callbacks if callback.every]
-        boundary = next_multiple(step, self.train_config.eval_every, *every)
-        return min(boundary, self.limit.warmup) if self.limit else boundary
+        multiple = next_multiple(step, self.train_config.eval_every, *every)
+        ends = (*self.profiler.ends, self.limit.warmup if self.limit else 0)
+        return min([multiple, *(end for end in ends if end > step)])
 
     def _has_evaluation(self, info: StepInfo) -> bool:
         """Whether there is an evaluation after a step: at intervals, and before the steps are chosen."""
@@ -137,6 +148,9 @@ class Session:
         info, is_evaluation, begun = self.info, self._has_evaluation(self.info), self._clock()
         has_plotted = self.has_plotted  # the first plot imports Matplotlib
         self.recorder.add(info)
+        if "peak_flops" not in self.run.facts:  # measured only now, so that the first step is not delayed
+            self.run.facts["peak_flops"] = peak_flops(self.run.plan.mesh, self.run.plan.execution.dtype)
+            self.run.write_plan(self.run.plan)
         if is_evaluation:
             best = self._evaluate(info)
             self._finish_evaluation(info)
@@ -173,7 +187,7 @@ class Session:
 
     def _evaluate(self, info: StepInfo) -> Best:
         """Add the loss to the record, and end the run where `train.patience` says so."""
-        losses = self.evaluate(info.state.params, self.evaluate.part)
+        losses = self.evaluate(info.state.model_params, self.evaluate.part)
         loss = selection_loss(losses)
         assert loss is not None
         if not abs(loss) < float("inf"):
@@ -199,7 +213,7 @@ class Session:
         if not (info.is_last and self.evaluate.part):
             return
         checkpoints = self.run.checkpoints
-        info.record |= self.evaluate(info.state.params)
+        info.record |= self.evaluate(info.state.model_params)
         checkpoints.wait()  # for the best one, which may be the newest
         best = next(iter(checkpoints.best_first()), info.step)
         if checkpoints.selection_key(best) >= selection_key(info.record, info.step):
@@ -218,7 +232,7 @@ class Session:
         losses = describe_evaluation(info.record, self.train_config.eval_tokens)
         self.terminal.write(losses)
         if self.train_config.sample_length:
-            sample = self.sample(info.state.params)
+            sample = self.sample(info.state.model_params)
             self.terminal.write("\n".join("    | " + line for line in sample.strip("\n").split("\n")))
             self.samples.write(losses, sample)
 

@@ -16,6 +16,8 @@ from gpt_jax.model.params import is_matrix
 # separate matrices.
 _MUON_AXES = {
     "qkv": MuonDimensionNumbers(reduction_axis=1, output_axis=(3, 4)),  # [L, D, 3, H, K]
+    "q": MuonDimensionNumbers(reduction_axis=1, output_axis=(2, 3)),  # [L, D, H, K]
+    "kv": MuonDimensionNumbers(reduction_axis=1, output_axis=(3, 4)),  # [L, D, 2, H, K]
     "out": MuonDimensionNumbers(reduction_axis=(1, 2), output_axis=3),  # [L, H, K, D]
     "up": MuonDimensionNumbers(reduction_axis=1, output_axis=3),  # [L, D, G, F]
     "down": MuonDimensionNumbers(reduction_axis=1, output_axis=2),  # [L, F, D]

@@ -32,10 +32,12 @@ SAFE_TO_CHANGE = (
     "train.eval_every",
     "train.log_every",
     "train.patience",
+    "train.profile_steps",
     "train.sample_length",
     "train.save_minutes",
     "train.steps",
     "train.tensorboard",
+    "train.wandb",
 )
 
 
@@ -71,14 +73,15 @@ def restore_newest(
 
 
 def restore_params(checkpoints: Checkpoints, step: int, like: TrainState) -> Params:
-    """The parameters of a checkpoint, in the shapes and shardings of those of a state.
+    """The parameters of the model of a checkpoint, in the shapes and shardings of those of a state.
 
     Raises:
         DamagedError: the checkpoint cannot be read.
     """
     checkpoints.verify(step)
     target = jax.tree.map(lambda leaf: with_sharding(leaf, leaf.sharding), like.params)
-    return checkpoints.restore(step, {"params": target})["params"]
+    params = checkpoints.restore(step, {"params": target})["params"]
+    return like.replace(params=params).model_params
 
 
 def state_items(state: TrainState) -> dict[str, Any]:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gpt_jax.adapters import adapting, join, trained_params
 from gpt_jax.model.layers import Params
-from gpt_jax.model.params import abstract_params
 from gpt_jax.model.transformer import GPT
 from gpt_jax.parallel.mesh import replicated, split_batch
 from gpt_jax.plan import Plan
@@ -67,9 +67,11 @@ def train_step(
     """
     batch = split_batch(source.batch(seed, state.step), plan.mesh)
     dropout_key = jax.random.fold_in(stream(seed, DROPOUT_STREAM), state.step)
-    accum_steps = plan.config.train.grad_accum_steps
+    accum_steps, rank = plan.config.train.grad_accum_steps, model.config.lora_rank
+    if rank:
+        objective = adapted(objective, state.frozen, rank)
     loss, gradient = loss_and_gradient(state.params, model, batch, dropout_key, objective, accum_steps)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model, plan.mesh))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, trained_params(model, plan.mesh))
     gradient = jax.lax.with_sharding_constraint(gradient, shardings)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -80,11 +82,22 @@ def train_step(
     grad_norm = optax.tree.norm(gradient)
     metrics = {"loss": loss, "grad_norm": grad_norm}
     new_state = TrainState(state.step + 1, params, opt_state)
+    frozen, state = state.frozen, state.replace(frozen=None)  # nothing of it changes
     # A NaN would stay in the state forever, so the old state is kept.
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     finite &= jnp.stack(jax.tree.leaves(by_array["finite"])).all()
     state = jax.tree.map(lambda old, new: jnp.where(finite, new, old), state, new_state)
-    return state, metrics, by_array
+    return state.replace(frozen=frozen), metrics, by_array
+
+
+def adapted(objective: Objective, frozen: Params, rank: int) -> Objective:
+    """An objective of adapters of this rank, for parameters that are not trained."""
+
+    def adapted_objective(adapters: Params, model: GPT, batch: Batch, key: jax.Array) -> jax.Array:
+        with adapting(rank):
+            return objective(join(frozen, adapters), model, batch, key)
+
+    return adapted_objective
 
 
 def make_train_steps(
