@@ -12,7 +12,7 @@ import gpt_jax
 from gpt_jax.config import Config
 from gpt_jax.errors import UserError
 from gpt_jax.interchange.evaluation import evaluate
-from gpt_jax.model.loss import loss_of_tokens
+from gpt_jax.model.loss import loss_of_tokens, window_losses
 from gpt_jax.monitor.metrics import read_metrics
 from gpt_jax.paths import text_file
 from gpt_jax.plan import make_plan
@@ -35,6 +35,17 @@ def test_headline_loss_against_its_definition(n):
     for batch_size in (1, 4):
         got = loss_of_tokens(make_gpt(config, VOCAB), params, tokens, batch_size)
         assert got == pytest.approx(total / (n - 1), rel=1e-5)
+
+
+def test_the_loss_is_the_sum_of_its_batches_in_order():
+    """In 64 bits, one after another: not one bit of the reported loss may depend on who sums."""
+    config = small_model()
+    model, params, total = make_gpt(config, VOCAB), make_params(config), np.float64(0)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 300 * config.context + 1)
+    for start in range(0, len(tokens) - 1, config.context):
+        windows = (tokens[None, start + i : start + i + config.context].astype(np.int32) for i in (0, 1))
+        total += np.float64(window_losses(model, params, *windows, np.ones((1, config.context), bool))[0])
+    assert loss_of_tokens(model, params, tokens, 1) == total / (len(tokens) - 1)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +129,7 @@ def test_attention_weights_by_hand(trained):
     x = params["token_embedding"]["embedding"][ids] + params["position_embedding"]["embedding"][:n]
     for layer in range(2):
         block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["blocks"])
-        normed = reference.layer_norm(x, block["attention_norm"])
+        normed = reference.layer_norm(x, block["attention_norm"], None)
         qkv = np.einsum("td,dchk->cthk", normed, block["attention"]["qkv"]["kernel"])
         for head in range(2):
             scores = qkv[0, :, head] @ qkv[1, :, head].T / np.sqrt(16)
@@ -127,7 +138,7 @@ def test_attention_weights_by_hand(trained):
             np.testing.assert_allclose(weights[layer, head], wanted, atol=1e-5)
             x = x + wanted @ qkv[2, :, head] @ block["attention"]["out"]["kernel"][head]
         hidden = np.einsum(
-            "td,dgf->tgf", reference.layer_norm(x, block["mlp_norm"]), block["mlp"]["up"]["kernel"]
+            "td,dgf->tgf", reference.layer_norm(x, block["mlp_norm"], None), block["mlp"]["up"]["kernel"]
         )
         x = x + reference.activate("gelu", hidden) @ block["mlp"]["down"]["kernel"]
 
