@@ -24,7 +24,7 @@ from gpt_jax.monitor.metrics import read_metrics
 from gpt_jax.storage.checkpoints import Checkpoints
 
 ITEMS = ("params", "opt_state")
-TIMING = ("seconds", "tokens_per_second")
+TIMING = ("seconds", "tokens_per_second", "mfu")
 # A model of seconds with all that must survive: dropout, micro-batches.
 SETTINGS: dict[str, Any] = {
     "model.n_layer": 1, "model.d_model": 16, "model.n_head": 2, "model.context": 16, "model.dropout": 0.1,
