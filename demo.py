@@ -402,7 +402,7 @@ print(jax.tree.map(jnp.shape, params))
 by_hand = 0
 for h in range(small.n_head):
     q, k, v = (x_TxD @ np.asarray(params["qkv"]["kernel"])[:, i, h] for i in range(3))
-    scores = q @ k.T / np.sqrt(small.d_head)
+    scores = q @ k.T / np.sqrt(small.head_width)
     scores[np.triu_indices(T, 1)] = -np.inf
     by_hand = by_hand + softmax(scores) @ v @ np.asarray(params["out"]["kernel"])[h]
 shipped, _ = attention.apply({"params": params}, x_BxTxD, jnp.arange(T), None, None)

@@ -32,16 +32,17 @@ MAY_IMPORT = {
     "model": {"data", "parallel"},
     "sampling": {"model"},
     "storage": {"data"},
+    "adapters": {"model"},
     "plan": {"parallel", "storage"},
-    "interchange": {"data", "model", "parallel", "plan", "sampling", "storage"},
-    "training": {"data", "model", "parallel", "plan", "storage"},
+    "interchange": {"adapters", "data", "model", "parallel", "plan", "sampling", "storage"},
+    "training": {"adapters", "data", "model", "parallel", "plan", "storage"},
     "trainer": {
-        "costs", "data", "interchange", "model", "monitor", "parallel", "plan", "sampling", "storage",
-        "training",
+        "adapters", "costs", "data", "interchange", "model", "monitor", "parallel", "plan", "sampling",
+        "storage", "training",
     },
     "commands": {
-        "costs", "data", "interchange", "model", "monitor", "parallel", "plan", "sampling", "storage",
-        "trainer", "training",
+        "adapters", "costs", "data", "interchange", "model", "monitor", "parallel", "plan", "sampling",
+        "storage", "trainer", "training",
     },
 }  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -92,7 +93,7 @@ def test_the_base_imports_only_itself():
 
 def test_at_the_top_are_the_base_the_plan_and_the_ways_in():
     """`python -m gpt_jax`, and the old forms such as `python -m gpt_jax.train`, only call `commands`."""
-    top = {name[0] for name in GRAPH if len(name) == 1} - BASE - {"__init__", "plan"}
+    top = {name[0] for name in GRAPH if len(name) == 1} - BASE - {"__init__", "adapters", "plan"}
     assert top <= {"__main__", *COMMANDS}
     for name in ((name,) for name in top):
         assert GRAPH[name] == {("commands", "main")}, name
