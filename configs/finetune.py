@@ -2,9 +2,9 @@
 
     python train.py --config configs/finetune.py --config.data.path=my.txt --workdir runs/fine_tuned
 
-Expect, on the 346,330 characters of Job to the Song of Solomon (King James): validation loss 1.063 after 291 s
-on two cores of an Intel Xeon. In the same time shakespeare_cpu.py reaches 1.183 on that text from random
-parameters (best checkpoint; one run each, JAX 0.12.0.1).
+Expect, on the 346,330 characters of Job to the Song of Solomon (King James): validation loss 1.063 after
+291 s on two cores of an Intel Xeon. In the same time shakespeare_cpu.py reaches 1.183 on that text from
+random parameters (best checkpoint; one run each, JAX 0.12.0.1).
 """
 
 from ml_collections import ConfigDict

@@ -3,8 +3,8 @@
     python train.py --config configs/shakespeare_llama.py
     python -m gpt_jax export --workdir artifacts/shakespeare_llama --format hf --out exported/llama
 
-Expect: validation loss 1.448 after 5 min 48 s on two cores of an Intel Xeon, where shakespeare_cpu.py had 1.434
-after 5 min 54 s (one run each, JAX 0.12.0.1). More: benchmarks/RECORDS.md.
+Expect: validation loss 1.448 after 5 min 48 s on two cores of an Intel Xeon, where shakespeare_cpu.py had
+1.434 after 5 min 54 s (one run each, JAX 0.12.0.1). More: benchmarks/RECORDS.md.
 """
 
 from ml_collections import ConfigDict
