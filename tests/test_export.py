@@ -204,7 +204,8 @@ def test_a_damaged_model_in_a_fresh_clone_is_named(model, clone):
     (pretrained / PARAMS).unlink()
     done = program(clone / "sample.py", cwd="/")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.splitlines()[1:] == [f"error: exported model, {pretrained / PARAMS}: missing"]
+    error = f"error: exported model, {pretrained / PARAMS}: missing: get the folder again"
+    assert done.stderr.splitlines()[1:] == [error]
 
 
 def test_git_takes_the_model_but_no_run_and_no_text(tmp_path):
