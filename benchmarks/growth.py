@@ -7,13 +7,16 @@ measured in turn.
 """
 
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from contest import Contender, begin_report, compete, make_parser, print_table, write_report
-from curves import add_curves, draw_curves
+from curves import Panels, add_curves, draw_curves, redraw
 from shapes import SHAPES, Shape, chosen, series
 
 from gpt_jax.commands.run_main import run_main
 
+TITLES = {"step": "a training step", "token": "a token of each text", "text": "a text"}
 UNITS = {"weights": "weights", "context": "context", "batch": "texts in a batch", "length": "characters"}
 
 
@@ -32,7 +35,7 @@ def curves(base: Shape) -> dict[str, dict[str, list[tuple[int, Contender]]]]:
     """What is measured: by what changes and the kind of work, amounts and contenders."""
     found: dict[str, dict[str, list[tuple[int, Contender]]]] = {}
     for what, points in series(base).items():
-        tokens = []
+        tokens = [(1, text_of(base, "1", 1, base.context - 1))] if what == "batch" else []
         for amount, shape in points:
             rows = shape.batch_size if what == "batch" else 1
             tokens.append((amount, text_of(shape, f"{amount}", rows, shape.context - 1)))
@@ -50,30 +53,40 @@ def main() -> int:
     parser = make_parser(__doc__, repeats=3)
     add_curves(parser, "3M")
     flags = parser.parse_args()
+    if flags.redraw:
+        return redraw(flags, panels_of)
     report = begin_report(flags)
-    titles = {"step": "a training step", "token": "a token of each text", "text": "a text"}
-    panels = {}
     measured = chosen(curves(SHAPES[flags.shape]), flags.by)
     for what, kind, points in [(w, k, p) for w, kinds in measured.items() for k, p in kinds.items()]:
         results = compete([contender for _, contender in points], flags.repeats)
         report["tables"][f"{kind}, {what}"] = [result.to_dict() for result in results.values()]
         write_report(flags, report)
-        costs = [
-            1000 * results[contender.name].median / (contender.units if kind == "token" else 1)
-            for _, contender in points
-        ]
-        title = f"{titles[kind]} by {what}"
-        amounts = [amount for amount, _ in points]
+        ((title, (_, _, curves_of)),) = panels_of(
+            {f"{kind}, {what}": report["tables"][f"{kind}, {what}"]}
+        ).items()
+        amounts, costs = zip(*curves_of["measured"], strict=True)
         ratios = [(max(r.seconds) - r.fastest) / r.median for r in results.values()]
         rows = [
             (f"{amount:,}", f"{cost:,.2f}", f"{ratio:.0%}")
             for amount, cost, ratio in zip(amounts, costs, ratios, strict=True)
         ]
         print_table(title, (UNITS[what], "ms, median", "spread"), rows)
-        panels[title] = (UNITS[what], "ms", {"measured": list(zip(amounts, costs, strict=True))})
     if flags.plot:
-        draw_curves(panels, flags.plot)
+        draw_curves(panels_of(report["tables"]), flags.plot)
     return 0
+
+
+def panels_of(tables: Mapping[str, Any]) -> Panels:
+    """The medians of a report, in milliseconds."""
+    panels = {}
+    for table, results in tables.items():
+        kind, _, what = table.partition(", ")
+        curve = [
+            (int(result["name"]), 1000 * result["median"] / (result["units"] if kind == "token" else 1))
+            for result in results
+        ]
+        panels[f"{TITLES[kind]} by {what}"] = (UNITS[what], "ms", {"measured": curve})
+    return panels
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +40,31 @@ def _is_record(value: Any) -> bool:
         and value.keys() >= {"step", "seconds", "train_loss"}
         and all(type(number) in (int, float) for number in value.values())
     )
+
+
+@dataclass(frozen=True)
+class RunHistory:
+    """The records of a run, and what it takes to draw them."""
+
+    name: str
+    records: list[Record]
+    tokens_per_step: int
+    has_dropout: bool  # then the training loss is that of a model with dropout
+    unit: str  # of the losses: "nats per character", "nats per token"
+    baselines: dict[str, float]  # losses of models that need no training, by name
+
+    def minutes(self) -> list[float]:
+        """The time of each record, in minutes of all processes of the run: "seconds" begin anew in each.
+
+        A process begins where they decrease, or are too few for the steps since the record before.
+        """
+        total = seconds = step = 0.0
+        minutes = []
+        for record in self.records:
+            rate = record.get("tokens_per_second") or math.inf
+            least = (record["step"] - step) * self.tokens_per_step / rate / 2
+            is_new = record["seconds"] - seconds < least
+            total += record["seconds"] - (0 if is_new else seconds)
+            seconds, step = record["seconds"], record["step"]
+            minutes.append(total / 60)
+        return minutes

@@ -1,6 +1,7 @@
-"""A run's folder: the names of its files, and its lock, with which one process at a time trains there."""
+"""A run's folder: the names of its files, its metrics, and its lock: one process at a time trains there."""
 
 import errno
+import json
 import os
 import socket
 import tempfile
@@ -12,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from gpt_jax.errors import UserError
 from gpt_jax.files import sync
+from gpt_jax.records import RunHistory, read_metrics
 
 CONFIG, FACTS, METRICS = "config.json", "run.json", "metrics.jsonl"
 PLOT, SAMPLES, PROFILE = "loss.png", "samples.txt", "profile"
@@ -28,6 +30,32 @@ def has_checkpoint(workdir: Path) -> bool:
     """Whether a run has at least one complete checkpoint."""
     folder = checkpoint_folder(workdir)
     return folder.is_dir() and any(entry.name.isdecimal() for entry in folder.iterdir())
+
+
+def read_history(workdir: Path) -> RunHistory:
+    """The metrics of a run, with what config.json and run.json say about them.
+
+    Raises:
+        UserError: the folder has no metrics, or no readable config.json.
+    """
+    records = read_metrics(workdir / METRICS)
+    if not records:
+        raise UserError(f"no numbers in {workdir / METRICS}: name the folder of a run that has been trained")
+    try:
+        config = json.loads((workdir / CONFIG).read_text(encoding="utf-8"))
+        model, batch_size = config["model"], config["train"]["batch_size"]
+        tokens_per_step = batch_size * model["context"]
+        has_dropout = model["dropout"] > 0 or model["attention_dropout"] > 0
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{workdir / CONFIG} cannot be used ({what}): restore it, or train again") from None
+    try:
+        facts = json.loads((workdir / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # without it, only the baselines are missing
+        facts = {}
+    unit = "nats per character" if facts.get("tokenizer") == "char" else "nats per token"
+    name = workdir.absolute().name
+    return RunHistory(name, records, tokens_per_step, has_dropout, unit, facts.get("baselines", {}))
 
 
 @contextmanager

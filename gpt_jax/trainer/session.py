@@ -4,10 +4,10 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from typing import NoReturn
 
 from gpt_jax.costs.chips import peak_flops
+from gpt_jax.data.baselines import baseline_losses
 from gpt_jax.data.tokens import TokenFileError
 from gpt_jax.errors import RunError, UserError
 from gpt_jax.model.params import name_leaves
@@ -19,7 +19,7 @@ from gpt_jax.paths import CHECKOUT, EXAMPLE_CONFIG
 from gpt_jax.records import Record, selection_key, selection_loss
 from gpt_jax.storage.integrity import DamagedError
 from gpt_jax.storage.metadata import Metadata
-from gpt_jax.storage.run_folder import METRICS, PLOT, PROFILE, SAMPLES
+from gpt_jax.storage.run_folder import METRICS, PLOT, PROFILE, SAMPLES, read_history
 from gpt_jax.trainer.evaluator import Best, Evaluator, Sampler
 from gpt_jax.trainer.minutes import Pace, TimeLimit
 from gpt_jax.trainer.opened_run import OpenedRun
@@ -150,6 +150,7 @@ class Session:
         self.recorder.add(info)
         if "peak_flops" not in self.run.facts:  # measured only now, so that the first step is not delayed
             self.run.facts["peak_flops"] = peak_flops(self.run.plan.mesh, self.run.plan.execution.dtype)
+            self.run.facts["baselines"] = baseline_losses(self.run.corpus)
             self.run.write_plan(self.run.plan)
         if is_evaluation:
             best = self._evaluate(info)
@@ -245,7 +246,10 @@ class Session:
 
     def _plot(self, info: StepInfo) -> None:
         """Draw loss.png; an error other than of the disk is only a warning."""
-        draw = partial(plot_losses, self.run.workdir / METRICS, self.run.workdir / PLOT)
+
+        def draw() -> None:
+            plot_losses(read_history(self.run.workdir), self.run.workdir / PLOT)
+
         self.has_plotted = True
         try:
             if info.is_last:  # all is saved: finish the picture
