@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a GPT, or resume a run that was stopped",
     "sample": "write text with a trained model",
     "evaluate": "the loss of a trained model on a text",
+    "explain": "what a trained model makes of a text: surprise, guesses, attention",
     "plots": "draw the losses, learning rate, gradient norm and speed of runs",
     "prepare": "tokenize texts once, for runs that read them from files",
     "export": "write a trained model to a folder of a few megabytes",

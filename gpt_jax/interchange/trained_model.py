@@ -16,6 +16,7 @@ from gpt_jax.config import Config, MeshConfig, ModelConfig
 from gpt_jax.data.tokenizers import Tokenizer
 from gpt_jax.data.tokens import Tokens
 from gpt_jax.errors import RunError, UserError
+from gpt_jax.interchange.explanation import Explanation, explain
 from gpt_jax.interchange.hugging_face import is_hugging_face, read_hugging_face
 from gpt_jax.interchange.model_folder import checksum, is_exported, read_exported
 from gpt_jax.interchange.nanogpt import is_nanogpt, read_nanogpt
@@ -163,6 +164,11 @@ class TrainedModel:
         sums to 1, and is 0 where s > t.
         """
         return np.asarray(_attention(self.module, self.params, self._window(text)))
+
+    @default_jax_settings()
+    def explain(self, text: str) -> Explanation:
+        """The surprise, guesses, attention and logit lens of a text as for `logits`; a notebook shows it."""
+        return explain(self.module, self.params, self.tokenizer, self._window(text)[0])
 
     @default_jax_settings()
     def loss(self, text: str | Tokens) -> float:
