@@ -33,9 +33,9 @@ class ModelConfig:
 
     n_layer: int = 6
     n_head: int = 6
-    n_kv_head: int = 0  # grouped-query attention: heads of keys and values, each read by several; 0: n_head
     d_model: int = 384
     context: int = 256  # T: how many tokens the model sees
+    n_kv_head: int = 0  # grouped-query attention: heads of keys and values, each read by several; 0: n_head
     d_head: int = 0  # 0: d_model / n_head
     d_mlp: int = 0  # 0: 4 d_model, or 8/3 d_model (rounded up to a multiple of 8) for swiglu
     vocab_size: int = 0  # rows of the token embedding; 0: one for each token of the tokenizer

@@ -13,7 +13,7 @@ import gpt_jax
 from gpt_jax.commands.explain import main
 from gpt_jax.data.tokenizers import ByteTokenizer, CharTokenizer
 from gpt_jax.errors import UserError
-from gpt_jax.interchange.explanation_views import draw
+from gpt_jax.interchange.explanation import draw
 
 TEXT = "To be, or not"
 

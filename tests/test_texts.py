@@ -1,6 +1,7 @@
 """Texts as people sample them: unequal prompts side by side, stop strings, end of text, log probabilities."""
 
 import codecs
+import contextlib
 import json
 import os
 import pty
@@ -30,7 +31,7 @@ from gpt_jax.paths import ROOT as REPOSITORY
 from gpt_jax.sampling.decode import prefill
 from gpt_jax.sampling.generate import generate_pieces
 from gpt_jax.sampling.rules import make_rules, penalize
-from gpt_jax.sampling.texts import GrowingText
+from gpt_jax.sampling.texts import GrowingText, Piece, Token
 
 T = 8
 KEY = jax.random.key(5)
@@ -378,6 +379,24 @@ def test_interactive_on_a_terminal(fox_run):
         process.wait()
         process.stderr.close()
         os.close(controller)
+
+
+def test_ctrl_c_in_a_callback_that_ignores_it_is_not_lost():
+    """The garbage collector, for one, calls functions whose exceptions are ignored."""
+    texts, made = [sample.Text("", [], [], "interrupted")], 0
+
+    def pieces():
+        nonlocal made
+        for made in range(1, 10):
+            if made == 3:
+                with contextlib.suppress(KeyboardInterrupt):
+                    signal.raise_signal(signal.SIGINT)
+            yield [Piece([Token(0, "a", None)], None)]
+
+    with pytest.raises(KeyboardInterrupt):
+        sample._fill(texts, pieces(), 0)
+    assert made == 3 and texts[0].pieces == ["a"] * 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_ctrl_c_writes_what_there_is_as_json(fox_run, tmp_path):

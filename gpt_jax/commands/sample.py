@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_jax.commands.arguments import ArgumentParser
+from gpt_jax.commands.interrupts import interrupts_kept
 from gpt_jax.commands.newest_run import newest_run
 from gpt_jax.commands.prompt_loop import prompt_loop
 from gpt_jax.data.corpus import read_text
@@ -216,12 +217,14 @@ def _fill(texts: list[Text], pieces: Iterator[list[Piece]], show: int) -> None:
         prompt = texts[0].prompt
         print(("... " if len(prompt) > show else "") + prompt[-show:], end="", flush=True)
     n_new = 0
-    for new in pieces:
-        # First kept, then shown: what a person has seen is in the file, even after Ctrl-C.
-        for text, piece in zip(texts, new, strict=True):
-            text.add(piece)
-        print(new[0][: max(show - n_new, 0)], end="", flush=True)
-        n_new += len(new[0])
+    with interrupts_kept() as check_interrupt:
+        for new in pieces:
+            # First kept, then shown: what a person has seen is in the file, even after Ctrl-C.
+            for text, piece in zip(texts, new, strict=True):
+                text.add(piece)
+            print(new[0][: max(show - n_new, 0)], end="", flush=True)
+            n_new += len(new[0])
+            check_interrupt()
     if show:
         print(" ..." if n_new > show else "", flush=True)
 

@@ -16,8 +16,9 @@ from gpt_jax.config import Config, MeshConfig, ModelConfig
 from gpt_jax.data.tokenizers import Tokenizer
 from gpt_jax.data.tokens import Tokens
 from gpt_jax.errors import RunError, UserError
-from gpt_jax.interchange.explanation import Explanation, explain
+from gpt_jax.interchange.explanation import Explanation
 from gpt_jax.interchange.hugging_face import is_hugging_face, read_hugging_face
+from gpt_jax.interchange.look_inside import explain
 from gpt_jax.interchange.model_folder import checksum, is_exported, read_exported
 from gpt_jax.interchange.nanogpt import is_nanogpt, read_nanogpt
 from gpt_jax.jax_settings import default_jax_settings, each_with_default_jax_settings
