@@ -151,7 +151,7 @@ def python_of(page):
 
 
 def test_the_python_of_the_pages_uses_what_there_is():
-    assert len(re.findall(r"^model\.", python_of(REPOSITORY / "README.md"), re.MULTILINE)) == 5
+    assert len(re.findall(r"^model\.", python_of(REPOSITORY / "README.md"), re.MULTILINE)) == 6
     for page in ("README.md", "docs/usage.md"):
         names = set(re.findall(r"gpt_jax\.(\w+)", python_of(REPOSITORY / page)))
         assert names and names <= {*gpt_jax.__all__}, page

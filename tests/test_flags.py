@@ -221,8 +221,7 @@ def test_help_fits_a_screen(name, capsys):
         (
             ["tests"],
             2,
-            "error: unknown command 'tests': the commands are train, sample, evaluate, prepare, export, "
-            "compile",
+            f"error: unknown command 'tests': the commands are {', '.join(COMMANDS)}",
         ),
         (["export"], 2, "error: the following arguments are required: --out"),
     ],
