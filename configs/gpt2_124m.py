@@ -1,12 +1,13 @@
-"""GPT-2 small, 124M parameters, by llm.c's recipe: 10 billion tokens of FineWeb. For a GPU or TPU.
+"""GPT-2 small, 124M parameters. For a GPU or TPU.
 
     python train.py --config configs/gpt2_124m.py
 
-Not trained: only compiled, see docs/accelerators.md. The recipe is that of scripts/run_gpt2_124M.sh in
-github.com/karpathy/llm.c, whose discussion 481 reports its result: batches of 524,288 tokens, 18,865 of them
-(9.9 billion tokens, one epoch), a peak learning rate of 6e-4 after 700 steps, which falls to 0 by a cosine,
-AdamW with betas 0.9 and 0.95, weight decay 0.1, clipping at 1. As there, the loss of 10 million validation
-tokens is computed every 250 steps. llm.c's padding of the vocabulary to 50,304 tokens is left out.
+llm.c's recipe: 10 billion tokens of FineWeb. Not trained: only compiled, see docs/accelerators.md. It is
+that of scripts/run_gpt2_124M.sh in github.com/karpathy/llm.c, whose discussion 481 reports its result:
+batches of 524,288 tokens, 18,865 of them (9.9 billion tokens, one epoch), a peak learning rate of 6e-4
+after 700 steps, which falls to 0 by a cosine, AdamW with betas 0.9 and 0.95, weight decay 0.1, clipping at
+1. As there, the loss of 10 million validation tokens is computed every 250 steps. llm.c's padding of the
+vocabulary to 50,304 tokens is left out.
 
 `data.path` is a folder of token files with llm.c's header, *_train_*.bin and *_val_*.bin. llm.c makes them:
 `python dev/data/fineweb.py --version 10B`. A folder that `prepare --tokenizer gpt2` wrote works too.

@@ -1,4 +1,4 @@
-"""A small GPT-2 with nanoGPT's recipe for Shakespeare's characters.
+"""nanoGPT's recipe, 10.7M weights. For a GPU or TPU.
 
     python train.py --config configs/shakespeare.py
 

@@ -1,4 +1,4 @@
-"""The lowest loss at 10.7M parameters and 5000 iterations or fewer. For a GPU or TPU.
+"""For a lower loss, 10.7M weights. For a GPU or TPU.
 
     python train.py --config configs/shakespeare_best.py
 

@@ -1,4 +1,4 @@
-"""Tiny Shakespeare in 512 byte-pair tokens, in the time of shakespeare_cpu.py.
+"""512 byte-pair tokens, as long as shakespeare_cpu.py.
 
     pip install -e '.[bpe]'
     python train.py --config configs/shakespeare_bpe.py

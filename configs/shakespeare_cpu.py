@@ -1,4 +1,4 @@
-"""A small modern GPT that trains in minutes on two CPU cores.
+"""A small modern GPT, in minutes on two CPU cores.
 
     python train.py --config configs/shakespeare_cpu.py
 

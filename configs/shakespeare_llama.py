@@ -1,4 +1,6 @@
-"""A small Llama that other programs can run too: shakespeare_cpu.py without what only gpt_jax has.
+"""A small Llama that other programs can run too.
+
+It is shakespeare_cpu.py without what only gpt_jax has.
 
     python train.py --config configs/shakespeare_llama.py
     python -m gpt_jax export --workdir artifacts/shakespeare_llama --format hf --out exported/llama

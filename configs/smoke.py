@@ -1,4 +1,4 @@
-"""A tiny model to check that training, evaluation, sampling and saving work.
+"""A tiny model to check that everything works.
 
     python train.py --config configs/smoke.py
 

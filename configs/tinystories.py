@@ -1,4 +1,4 @@
-"""A model of short stories, for an evening on one GPU. You supply the data.
+"""Short stories, from data of yours. For a GPU.
 
     python -m gpt_jax prepare TinyStories-train.jsonl --tokenizer bpe:4096 --out data/tinystories
     python train.py --config configs/tinystories.py

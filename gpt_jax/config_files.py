@@ -1,7 +1,9 @@
 """The settings of a run from a config file, from Python values, and from overrides of single settings."""
 
+import ast
 import json
 import runpy
+import textwrap
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +14,7 @@ import ml_collections
 from gpt_jax.checks import REMOVED, unknown_setting
 from gpt_jax.config import Config, flatten
 from gpt_jax.errors import UserError
-from gpt_jax.paths import expand
+from gpt_jax.paths import CHECKOUT, expand
 
 GET_CONFIG = "a config file is a Python file whose get_config() returns a ml_collections.ConfigDict"
 
@@ -45,6 +47,15 @@ def read_config(
             raise UserError(f"{group} = {target!r} must be a group of settings")
         target[key] = value
     return Config.from_dict(values)  # only now: a file's values may be valid with the overrides only
+
+
+def describe_configs() -> str:
+    """The config files of the repository, a line each, from their docstrings; "" where there are none."""
+    lines = []
+    for path in sorted((CHECKOUT / "configs").glob("*.py")) if CHECKOUT else ():
+        about = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+        lines.append(f"  {path.name:<23}  {textwrap.shorten(about, 52, placeholder=' ...')}")
+    return "\n".join(lines)
 
 
 def _read_file(path: Path) -> Any:

@@ -133,16 +133,19 @@ def test_overrides_reach_the_run(tmp_path):
 def test_an_error_is_one_line_and_status_2(tmp_path):
     done = run("train.py", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    assert re.fullmatch(
-        r"error: --config is missing: try --config configs/shakespeare_cpu\.py.*\n", done.stderr
+    *configs, error = done.stderr.splitlines()
+    assert re.fullmatch(r"error: --config is missing: try --config configs/shakespeare_cpu\.py.*", error)
+    # A line for each config file, none cut, on a terminal of 80 columns.
+    assert [line.split()[0] for line in configs[1:]] == sorted(
+        f.name for f in (REPOSITORY / "configs").glob("*.py")
     )
+    assert not [line for line in configs if len(line) > 79 or line.endswith("...")]
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((), "--config is missing: try --config configs/shakespeare_cpu.py"),
         (("--config", "nowhere.py"), "nowhere.py"),
         (
             (*SMOKE, "--config.model.n_layers=3"),
